@@ -1,0 +1,72 @@
+"""What a published adapter says of itself: where it came from, what it holds, and the digests that prove it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from hone.ids import AdapterRef
+from hone.storage import digest_of
+
+MANIFEST_FILE = "manifest.json"
+
+
+class BaseModelId(BaseModel):
+    """Which base model, to the byte: `fingerprint` is what counts, the name is for people."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    revision: str | None = None
+    fingerprint: str
+
+
+class FileEntry(BaseModel):
+    """One file of an adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    bytes: int
+
+
+class Lineage(BaseModel):
+    """What made the adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_id: str
+    data_digest: str
+    hone_version: str
+    parent_run_id: str | None = None
+    trial: dict[str, Any] | None = None
+    """The search trial that won: its id, its sampled values and how many it beat."""
+
+
+class AdapterManifest(BaseModel):
+    """`manifest.json`, written last: an adapter without one does not exist."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    name: str
+    version: int
+    kind: Literal["lora", "full"]
+    """`lora`: weights to put beside the base. `full`: a whole model, served as a base of its own."""
+    task: str
+    base: BaseModelId
+    dtype: str
+    labels: list[str] | None = None
+    """Class names in the order of the head's outputs (text-classification)."""
+    metrics: dict[str, float]
+    lineage: Lineage
+    created_at: str
+    files: dict[str, FileEntry]
+
+    @property
+    def ref(self) -> AdapterRef:
+        return AdapterRef(self.name, self.version)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content: the same files on the same base have the same digest, under any name or version."""
+        return digest_of({"base": self.base.fingerprint, "files": {k: v.sha256 for k, v in self.files.items()}})

@@ -1,0 +1,204 @@
+"""Published adapters: immutable folders under `home/registry/NAME/VERSION`, and the aliases that point at them.
+
+A version appears whole, by one rename of a staged folder whose manifest was written last. A removed version leaves
+`removed.json` in its folder, so its number is never given to other weights (serving caches are keyed by it).
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hone.errors import CorruptAdapterError, RegistryError, UnknownAdapterError
+from hone.ids import AdapterRef
+from hone.manifest import MANIFEST_FILE, AdapterManifest, FileEntry
+from hone.storage import Home, sha256_file, write_json
+
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+REMOVED_FILE = "removed.json"
+
+
+class Registry:
+    """Publish, resolve, list, verify, alias, remove."""
+
+    def __init__(self, home: Home) -> None:
+        self.root = home.registry
+        self._aliases = self.root / ".aliases"
+
+    def publish(self, folder: Path, name: str, *, describe: Callable[[int, dict[str, FileEntry]], AdapterManifest]) -> AdapterManifest:
+        """Copy `folder` into the registry as the next version of `name`.
+
+        Args:
+            folder: The adapter's files, safetensors weights among them and no pickle.
+            name: Adapter name.
+            describe: Makes the manifest once the version and the file digests are known.
+
+        Raises:
+            RegistryError: pickle or no safetensors in the folder, or `name` is an alias.
+        """
+        name = AdapterRef.parse(name).name
+        if (self._aliases / f"{name}.json").exists():
+            raise RegistryError(f"{name!r} is an alias; publish under another name or remove the alias first")
+        _refuse_unsafe(folder)
+        shelf = self.root / name
+        shelf.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=shelf, prefix=".staging-"))
+        try:
+            shutil.copytree(folder, staging, dirs_exist_ok=True)
+            files = {
+                str(path.relative_to(staging)): FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
+                for path in sorted(staging.rglob("*"))
+                if path.is_file()
+            }
+            staging.chmod(0o755)
+            version = max((int(p.name) for p in shelf.iterdir() if p.name.isdigit()), default=0) + 1
+            while True:
+                manifest = describe(version, files)
+                write_json(staging / MANIFEST_FILE, manifest.model_dump())
+                try:
+                    os.rename(staging, shelf / str(version))
+                except OSError:
+                    if not (shelf / str(version)).exists():
+                        raise
+                    version += 1  # another publisher took this number between our look and our rename
+                else:
+                    return manifest
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def path(self, ref: AdapterRef) -> Path:
+        """Folder of one exact version."""
+        return self.root / ref.name / str(ref.version)
+
+    def resolve(self, text: str) -> AdapterManifest:
+        """The adapter that `name@version`, an alias, or `name` (its latest version) means right now.
+
+        Raises:
+            UnknownAdapterError: nothing of that name; the message lists what there is.
+        """
+        alias = self._aliases / f"{text}.json"
+        if alias.is_file():
+            text = json.loads(alias.read_text())["target"]
+        try:
+            ref = AdapterRef.parse(text)
+        except RegistryError:
+            raise UnknownAdapterError(self._unknown(text)) from None
+        if ref.version is None:
+            versions = self._versions(ref.name)
+            if not versions:
+                raise UnknownAdapterError(self._unknown(text))
+            ref = AdapterRef(ref.name, versions[-1])
+        manifest = self._read(ref)
+        if manifest is None:
+            raise UnknownAdapterError(self._unknown(text))
+        return manifest
+
+    def adapters(self) -> list[AdapterManifest]:
+        """Every published version, by name and then version."""
+        found = (self._read(AdapterRef(name, version)) for name in self._names() for version in self._versions(name))
+        return [manifest for manifest in found if manifest is not None]
+
+    def verify(self, ref: AdapterRef) -> None:
+        """Compare every file with the manifest.
+
+        Raises:
+            CorruptAdapterError: a file is missing, extra or changed; all of them are named.
+        """
+        manifest, folder = self.resolve(str(ref)), self.path(ref)
+        wrong = [
+            f"{name} is missing" if not (folder / name).is_file() else f"{name} has changed"
+            for name, entry in manifest.files.items()
+            if not (folder / name).is_file() or sha256_file(folder / name) != entry.sha256
+        ]
+        present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST_FILE}
+        wrong += [f"{name} was added" for name in sorted(present - manifest.files.keys())]
+        if wrong:
+            raise CorruptAdapterError(f"{ref}: {'; '.join(wrong)}; restore the folder {folder} or publish a new version")
+
+    def set_alias(self, alias: str, target: str) -> AdapterManifest:
+        """Point `alias` at one exact version, in one step, keeping the history.
+
+        Raises:
+            RegistryError: the alias is the name of an adapter. UnknownAdapterError: no such target.
+        """
+        alias = AdapterRef.parse(alias).name
+        if (self.root / alias).exists():
+            raise RegistryError(f"{alias!r} is the name of an adapter; choose another name for the alias")
+        manifest = self.resolve(target)
+        path = self._aliases / f"{alias}.json"
+        history: list[dict[str, Any]] = json.loads(path.read_text())["history"] if path.exists() else []
+        moved = {"target": str(manifest.ref), "digest": manifest.digest, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json(path, {"target": str(manifest.ref), "history": [*history, moved]})
+        return manifest
+
+    def aliases(self) -> dict[str, str]:
+        """Alias -> `name@version`."""
+        if not self._aliases.is_dir():
+            return {}
+        return {p.stem: json.loads(p.read_text())["target"] for p in sorted(self._aliases.glob("*.json"))}
+
+    def remove_alias(self, alias: str) -> None:
+        """Forget an alias. Raises UnknownAdapterError where there is none."""
+        try:
+            (self._aliases / f"{alias}.json").unlink()
+        except FileNotFoundError:
+            raise UnknownAdapterError(f"no alias {alias!r}; there are: {', '.join(self.aliases()) or 'none'}") from None
+
+    def remove(self, ref: AdapterRef) -> None:
+        """Delete one version's files; its number stays taken.
+
+        Raises:
+            RegistryError: no version was named, or an alias points at it. UnknownAdapterError: no such version.
+        """
+        if ref.version is None:
+            raise RegistryError(f"{ref}: name the version to remove, such as {ref}@1; names are never removed as a whole")
+        manifest = self.resolve(str(ref))
+        pointing = [alias for alias, target in self.aliases().items() if target == str(ref)]
+        if pointing:
+            raise RegistryError(f"{ref}: alias {pointing[0]!r} points at it; move or remove the alias first")
+        folder = self.path(ref)
+        write_json(folder / REMOVED_FILE, {"digest": manifest.digest, "at": datetime.now(UTC).isoformat(timespec="seconds")})
+        (folder / MANIFEST_FILE).unlink()
+        for path in folder.iterdir():
+            if path.name != REMOVED_FILE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _read(self, ref: AdapterRef) -> AdapterManifest | None:
+        path = self.path(ref) / MANIFEST_FILE
+        try:
+            return AdapterManifest.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise CorruptAdapterError(f"{path}: not a manifest this version reads ({error.error_count()} errors)") from error
+
+    def _names(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    def _versions(self, name: str) -> list[int]:
+        shelf = self.root / name
+        if not shelf.is_dir():
+            return []
+        return sorted(int(p.name) for p in shelf.iterdir() if p.name.isdigit() and (p / MANIFEST_FILE).is_file())
+
+    def _unknown(self, text: str) -> str:
+        known = [*self.aliases(), *(str(AdapterRef(n, v)) for n in self._names() for v in self._versions(n))]
+        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+        return f"no adapter or alias {text!r} in {self.root}; there is {shown or 'nothing published yet'}"
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    pickles = [p.name for p in files if p.suffix in PICKLE_SUFFIXES]
+    if pickles:
+        raise RegistryError(f"{folder}: {pickles[0]} may hold pickled code; only safetensors weights are published")
+    if not any(p.suffix == ".safetensors" and p.stat().st_size > 0 for p in files):
+        raise RegistryError(f"{folder}: no .safetensors weights to publish")

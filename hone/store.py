@@ -1,0 +1,131 @@
+"""Jobs and their events, in SQLite (WAL) or PostgreSQL through SQLAlchemy.
+
+Ray forgets its jobs when its head goes; this does not. Every change of a job's state is one transaction with its event.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ForeignKey, create_engine, event, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from hone.errors import HoneError, ResourceError
+
+ENDED = frozenset({"succeeded", "failed", "stopped"})
+
+
+class _Table(DeclarativeBase):
+    pass
+
+
+class Job(_Table):
+    """One training or search, wherever it runs."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    """`train` or `tune`."""
+    recipe: Mapped[str]
+    """Path of the recipe as the user gave it."""
+    status: Mapped[str]
+    """`submitted`, `running`, `succeeded`, `failed` or `stopped`."""
+    address: Mapped[str | None]
+    """Ray dashboard that it was submitted to; None for a local run."""
+    result: Mapped[str | None]
+    """What was published, or why it failed."""
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+
+
+class JobEvent(_Table):
+    """One change of a job's state."""
+
+    __tablename__ = "job_events"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    at: Mapped[datetime]
+    status: Mapped[str]
+    message: Mapped[str]
+
+
+class Store:
+    """Opens the store at a SQLAlchemy URL, making its tables where they are not there yet."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ResourceError where the database cannot be reached."""
+        parsed = make_url(url)
+        if parsed.drivername.startswith("sqlite") and parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        self._engine = create_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _use_wal)
+        try:
+            _Table.metadata.create_all(self._engine)
+        except OperationalError as error:
+            raise ResourceError(f"{parsed.render_as_string()}: the store cannot be opened ({str(error.orig).splitlines()[0]})") from None
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def add_job(self, job_id: str, *, kind: str, recipe: str, status: str, address: str | None = None) -> None:
+        """Record a new job and its first event."""
+        now = datetime.now(UTC)
+        with self._transaction() as session:
+            session.add(
+                Job(id=job_id, kind=kind, recipe=recipe, status=status, address=address, result=None, created_at=now, updated_at=now)
+            )
+            session.flush()
+            session.add(JobEvent(job_id=job_id, at=now, status=status, message="created"))
+
+    def move_job(self, job_id: str, status: str, *, message: str = "") -> bool:
+        """Change a job's state; a job that has ended stays as it ended. Says whether anything changed.
+
+        Raises:
+            HoneError: no such job.
+        """
+        now = datetime.now(UTC)
+        with self._transaction() as session:
+            job = session.get(Job, job_id, with_for_update=True)
+            if job is None:
+                raise HoneError(f"no job {job_id!r}; `hone jobs list` shows those that are known")
+            if job.status in ENDED or job.status == status:
+                return False
+            job.status, job.updated_at = status, now
+            job.result = message or job.result
+            session.add(JobEvent(job_id=job_id, at=now, status=status, message=message))
+            return True
+
+    def job(self, job_id: str) -> Job | None:
+        with Session(self._engine, expire_on_commit=False) as session:
+            return session.get(Job, job_id)
+
+    def jobs(self) -> list[Job]:
+        """Newest first."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            return list(session.scalars(select(Job).order_by(Job.created_at.desc())))
+
+    def events(self, job_id: str) -> list[JobEvent]:
+        """Oldest first."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.id)))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        with Session(self._engine) as session, session.begin():
+            yield session
+
+
+def _use_wal(connection: Any, _record: Any) -> None:
+    """Readers do not wait for the writer, and a writer waits up to 10 s for another."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()

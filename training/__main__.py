@@ -1,0 +1,138 @@
+"""`python -m training RECIPE [KEY=VALUE ...]`: what a Ray Job runs, and what `hone train` and `hone tune` run."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hone.errors import HoneError, RunFailedError
+from hone.ids import new_run_id
+from hone.recipe import Recipe, load_recipe
+from hone.storage import Home, write_json
+from hone.store import Store
+from training.job import RESULT_FILE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one recipe; the exit code: 0 done, 1 a mistake or a failed run (said in one line), 130 interrupted."""
+    args = _arguments(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(stderr=False, quiet=args.quiet, soft_wrap=True)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        home = Home(args.home)
+        home.ready()
+        run_id = args.run_id or new_run_id(recipe.name)
+        with _recorded(home, run_id, args) as store, _ray(args.address):
+            result = _run(recipe, home=home, run_id=run_id, is_search=args.search, console=console)
+            store.move_job(run_id, "succeeded", message=result["adapter"] or "")
+    except HoneError as error:
+        print(f"hone: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        print("hone: interrupted; nothing was published", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+def _run(recipe: Recipe, *, home: Home, run_id: str, is_search: bool, console: Console) -> dict[str, Any]:
+    """Train or search, check, publish, and leave result.json in the run folder."""
+    began = time.monotonic()
+    # Heavy: torch and transformers. Imported once the recipe is known to be sound.
+    from training.launch import fit, prepare_job
+    from training.progress import RunProgress
+    from training.publish import check_export, publish
+    from training.tuning import search
+
+    trial = None
+    if is_search:
+        found = search(recipe, home=home, run_id=run_id, console=console)
+        job, metrics, trial = found.job, found.metrics, found.lineage
+        console.print(f"best of {trial['of']} trials: {trial['values']}, {trial['metric']} {metrics[trial['metric']]:.4f}")
+    else:
+        job = prepare_job(recipe, home=home, run_id=run_id)
+        _say_what_was_prepared(job.data, console)
+        with RunProgress(lambda: {job.folder: recipe.name}, console=console):
+            metrics = fit(job)
+    check_export(job)
+    adapter = str(publish(job, metrics, home=home, trial=trial).ref) if recipe.publish.enabled else None
+    folder = home.runs / run_id
+    result = {"status": "succeeded", "run_id": run_id, "adapter": adapter, "metrics": metrics, "seconds": time.monotonic() - began}
+    write_json(folder / RESULT_FILE, result)
+    console.print(f"{f'published {adapter}' if adapter else 'trained'} in {result['seconds']:.0f} s; run folder {folder}")
+    return result
+
+
+def _say_what_was_prepared(data: Any, console: Console) -> None:
+    notes = [f"{data.train_rows:,} training rows, {data.validation_rows:,} validation rows"]
+    if data.cut_rows:
+        notes.append(f"{data.cut_rows:,} rows cut at data.max_length")
+    if data.dropped_rows:
+        notes.append(f"{data.dropped_rows:,} rows left out, with nothing to learn within data.max_length")
+    console.print("; ".join(notes))
+
+
+@contextmanager
+def _recorded(home: Home, run_id: str, args: argparse.Namespace) -> Iterator[Store]:
+    """Keep the job's state in the store, whatever way it ends."""
+    store = Store(home.store_url)
+    try:
+        if store.job(run_id) is None:
+            store.add_job(run_id, kind="tune" if args.search else "train", recipe=str(Path(args.recipe).resolve()), status="running")
+        else:
+            store.move_job(run_id, "running")
+        yield store
+    except KeyboardInterrupt:
+        store.move_job(run_id, "stopped", message="interrupted")
+        raise
+    except Exception as error:
+        store.move_job(run_id, "failed", message=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise
+    finally:
+        store.close()
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """A connection to the cluster at `address` or $RAY_ADDRESS, or a Ray of our own on this machine that ends with the block."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # a local Ray's own default, said here so that it need not warn of it
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="warning", configure_logging=True, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RunFailedError(f"cannot reach Ray at {address}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Run one recipe: train, check, publish.")
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.learning_rate=2e-4")
+    parser.add_argument("--search", action="store_true", help="run the recipe's search: and publish the best trial")
+    parser.add_argument("--home", help="where runs and the registry live (default $HONE_HOME or ./.hone)")
+    parser.add_argument("--address", help="Ray cluster (default $RAY_ADDRESS, or a Ray of its own)")
+    parser.add_argument("--run-id", help="name of the run folder")
+    parser.add_argument("--quiet", action="store_true", help="errors only")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

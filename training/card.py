@@ -1,0 +1,77 @@
+"""The adapter's card: a README that says what it is, how good it is, and how to call it."""
+
+from typing import Any
+
+import yaml
+
+from training.job import Job
+from training.metrics import read_metrics
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def card(job: Job, metrics: dict[str, float], *, created: str, trial: dict[str, Any] | None) -> str:
+    """Markdown with the front matter that model hubs read."""
+    recipe = job.recipe
+    whole = recipe.method.type == "full"
+    front = {
+        "library_name": "transformers" if whole else "peft",
+        "base_model": job.base_id.name if "/" in job.base_id.name and not job.base_id.name.startswith(("/", ".")) else None,
+        "tags": ["hone", recipe.task, recipe.method.type],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
+        f"# {recipe.name}",
+        f"{'A whole model' if whole else 'An adapter'} for {recipe.task}, tuned from `{job.base_id.name}` on {created} "
+        f"({job.data.train_rows:,} training rows, {job.data.validation_rows:,} validation rows).",
+        "## Validation\n\n" + _validation_table(metrics),
+        "## Training loss\n\n" + _loss_line(job),
+        "## Call it\n\n" + _how_to_call(job),
+        "## Where it comes from\n\n" + _lineage(job, trial),
+        "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False) + "```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _validation_table(metrics: dict[str, float]) -> str:
+    names = [name for name in metrics if name.startswith("eval_")]
+    if not names:
+        return "There were no validation rows."
+    rows = [f"| {name.removeprefix('eval_')} | {_figure(metrics.get(f'base_{name}'))} | {_figure(metrics[name])} |" for name in names]
+    return "\n".join(["| | before | after |", "| --- | --- | --- |", *rows])
+
+
+def _loss_line(job: Job, width: int = 48) -> str:
+    losses = [m["loss"] for m in read_metrics(job.folder) if "loss" in m]
+    if not losses:
+        return "No steps."
+    share = max(1, len(losses) / width)
+    means = [sum(part) / len(part) for n in range(width) if (part := losses[int(n * share) : int((n + 1) * share)])]
+    low, high = min(means), max(means)
+    line = "".join(BARS[round((m - low) / ((high - low) or 1) * (len(BARS) - 1))] for m in means)
+    return f"`{line}` {len(losses)} steps, {losses[0]:.3f} at the first and {losses[-1]:.3f} at the last"
+
+
+def _how_to_call(job: Job) -> str:
+    name, route = job.recipe.name, "chat/completions" if job.recipe.task == "chat" else "classify"
+    body = '"messages": [{"role": "user", "content": "..."}]' if job.recipe.task == "chat" else '"input": "..."'
+    base = name if job.recipe.method.type == "full" else job.base_id.name
+    return (
+        f"```sh\nhone serve --base {base}\ncurl http://127.0.0.1:8000/v1/{route} -H 'content-type: application/json' "
+        f'-d \'{{"model": "{name}", {body}}}\'\n```'
+    )
+
+
+def _lineage(job: Job, trial: dict[str, Any] | None) -> str:
+    lines = [
+        f"- run `{job.run_id}`",
+        f"- base fingerprint `{job.base_id.fingerprint[:16]}`, data digest `{job.data.digest[:16]}`",
+        f"- {job.recipe.scaling.num_workers} workers, ZeRO stage {job.recipe.zero.stage}",
+    ]
+    if trial:
+        lines.append(f"- best of {trial['of']} search trials by {trial['metric']}: {trial['id']} with {trial['values']}")
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,33 @@
+"""State to resume from: what trains and the optimiser, in DeepSpeed's own format, handed to Ray Train.
+
+The learning rate, the order of rows and dropout are functions of the step, so the step is all that is saved beside them.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from training.worker import Worker
+
+TAG = "state"
+
+
+def save_checkpoint(engine: Any, worker: Worker, step: int, metrics: dict[str, float]) -> None:
+    """Write this rank's part to a scratch folder and report it; Ray merges the ranks' parts into one checkpoint."""
+    folder = Path(tempfile.mkdtemp(prefix="hone-checkpoint-"))
+    try:
+        engine.save_checkpoint(str(folder), tag=TAG, client_state={"step": step}, exclude_frozen_parameters=True)
+        worker.report(metrics, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_checkpoint(engine: Any, worker: Worker) -> int:
+    """Restore the newest checkpoint; how many steps are already done (0 without one)."""
+    with worker.latest_checkpoint() as folder:
+        if folder is None:
+            return 0
+        # Frozen weights are not in the checkpoint; they were just loaded from the base.
+        _, state = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        return int(state["step"])

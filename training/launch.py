@@ -1,0 +1,120 @@
+"""From a recipe to trained weights: prepare and check everything here, then run the loop on Ray Train's workers."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hone.base_model import find_base_model
+from hone.errors import DataError, RunFailedError
+from hone.recipe import Recipe
+from hone.storage import Home
+from training.data import prepare_data
+from training.failures import raise_recorded_failure, record_failure
+from training.job import Job
+from training.metrics import read_metrics
+from training.resources import plan_workers
+
+
+def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None = None) -> Job:
+    """Check base, data, method and resources, tokenise, and write the run folder. Nothing is written where something is wrong.
+
+    Raises:
+        HoneError: whatever the user has to mend, in one line.
+    """
+    from training.model import check_model
+
+    home.ready()
+    base = find_base_model(recipe.base, home=home, revision=recipe.revision)
+    data = prepare_data(recipe, base, home=home)
+    if recipe.search and recipe.search.metric.startswith("eval_") and not data.validation_rows:
+        raise DataError("search.metric is measured on validation rows, and there are none; set data.validation or data.validation_fraction")
+    check_model(recipe, base, labels=data.labels)
+    use_gpu, each = plan_workers(recipe)
+    folder = folder or home.runs / run_id
+    folder.mkdir(parents=True)
+    job = Job(
+        run_id=run_id,
+        folder=folder,
+        recipe=recipe,
+        base_folder=base.folder,
+        base_id=base.id,
+        data=data,
+        use_gpu=use_gpu,
+        resources_per_worker=each,
+    )
+    job.save()
+    return job
+
+
+def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
+    """Run the job on Ray Train workers; its last metrics, those before the first step as `base_eval_...`.
+
+    Raises:
+        RunFailedError: the workers stopped for a reason that a restart cannot mend, or failed more often than the recipe allows.
+    """
+    # `ray.train.report` blocks for one interval a call; the default of 2 s is felt at every validation.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2" if job.recipe.scaling.num_workers <= 8 else "1")
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    scaling = job.recipe.scaling
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"folder": str(job.folder)},
+        torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.num_workers, use_gpu=job.use_gpu, resources_per_worker=job.resources_per_worker
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(job.folder),
+            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=list(callbacks),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise_recorded_failure(job.folder)
+        raise RunFailedError(
+            f"the workers failed more often than scaling.max_failures {scaling.max_failures} allows; the last said: {_last_line(error)}"
+        ) from error
+    raise_recorded_failure(job.folder)
+    return final_metrics(job.folder)
+
+
+def train_loop_per_worker(config: dict[str, str]) -> None:
+    """What Ray Train calls on each worker."""
+    import torch.distributed as dist
+
+    from training.loop import train
+    from training.worker import RayWorker
+
+    folder, worker = Path(config["folder"]), RayWorker()
+    if not folder.is_dir():
+        raise RunFailedError(f"worker {worker.rank} cannot see the run folder {folder}; all nodes must mount the same home")
+    try:
+        train(Job.load(folder), worker)
+    except Exception as error:
+        if not record_failure(folder, error, rank=worker.rank):
+            raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def final_metrics(folder: Path) -> dict[str, float]:
+    """The last value of every metric of a run, and the validation before its first step as `base_eval_...`."""
+    lines = read_metrics(folder)
+    last: dict[str, float] = {}
+    for line in lines:
+        last |= line
+    before = next((line for line in lines if line["step"] == 0 and "eval_loss" in line), {})
+    return {**last, **{f"base_{name}": value for name, value in before.items() if name.startswith("eval_")}}
+
+
+def _last_line(error: Exception) -> str:
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]

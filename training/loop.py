@@ -1,0 +1,121 @@
+"""What every worker runs, top to bottom: model, DeepSpeed, steps, validation, checkpoints, export."""
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hone.recipe import Recipe
+from training.batches import BatchPlan, Rows, deal
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.data import TokenRows
+from training.evaluate import evaluate
+from training.export import export
+from training.job import Job
+from training.metrics import MetricsFile
+from training.model import build_model, choose_dtype
+from training.optim import learning_rate, make_optimizer, set_learning_rate
+from training.tasks import TASKS
+from training.worker import Worker
+from training.zero import deepspeed_config, prepare_deepspeed, sharded_loading
+
+
+def train(job: Job, worker: Worker) -> None:
+    """Run a job on this worker, from its newest checkpoint if there is one, and leave the result in `job.export_folder`."""
+    recipe, task = job.recipe, TASKS[job.recipe.task]
+    deepspeed = prepare_deepspeed(use_gpu=job.use_gpu)
+    device = torch.device("cuda", worker.local_rank) if job.use_gpu else torch.device("cpu")
+    dtype = choose_dtype(recipe, use_gpu=job.use_gpu)
+
+    rows, validation = TokenRows(job.data.train_file), TokenRows(job.data.validation_file)
+    plan = batch_plan(recipe, len(rows))
+    micro_batches = math.ceil(recipe.train.global_batch_size / worker.world_size / recipe.train.micro_batch_size)
+    eval_steps = recipe.train.eval_steps or plan.steps_per_epoch
+    save_steps = recipe.train.save_steps or eval_steps
+
+    config = deepspeed_config(recipe, gradient_accumulation_steps=micro_batches, dtype=dtype)
+    with sharded_loading(config):
+        model = build_model(job, dtype=dtype, sharded=recipe.zero.stage == 3)
+    optimizer = make_optimizer(model, recipe.optim)
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+
+    first_step = load_checkpoint(engine, worker)
+    metrics = MetricsFile(job.folder, rank=worker.rank, keep_steps=first_step, total_steps=plan.total_steps)
+    if first_step == 0 and len(validation):
+        metrics.write({"step": 0, **evaluate(engine, validation, task, job, worker)})
+
+    for step in range(first_step, plan.total_steps):
+        began = time.perf_counter()
+        batch_rows = plan.rows(step)
+        portions = deal(batch_rows, rows.lengths, rank=worker.rank, world_size=worker.world_size, micro_batches=micro_batches)
+        n_targets = int(rows.n_targets[batch_rows].sum())
+        torch.manual_seed(_step_seed(recipe.train.seed, step, worker.rank))
+        lr = learning_rate(step, plan.total_steps, recipe.optim)
+        set_learning_rate(optimizer, lr)
+
+        engine.train()
+        totals = torch.zeros(2, dtype=torch.float64)  # summed loss, right answers
+        for portion in portions:
+            batch = _batch(rows, portion, task, job, device)
+            loss, correct = task.loss(engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)
+            # DeepSpeed averages gradients over workers; together with this factor that makes the mean over the global batch's targets.
+            engine.backward(loss * (worker.world_size / n_targets), scale_wrt_gas=False)
+            engine.step()
+            totals += torch.stack([loss.detach(), correct]).to(totals)
+
+        totals = _sum_over_workers(totals, device, worker)
+        done = step + 1
+        metrics.write(
+            {
+                "step": done,
+                "epoch": round(done / plan.steps_per_epoch, 4),
+                "loss": float(totals[0]) / n_targets,
+                task.accuracy_name: float(totals[1]) / n_targets,
+                "learning_rate": lr,
+                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "tokens": int(rows.lengths[batch_rows].sum()),
+                "step_s": time.perf_counter() - began,
+            }
+        )
+        is_last = done == plan.total_steps
+        measured = evaluate(engine, validation, task, job, worker) if len(validation) and (is_last or done % eval_steps == 0) else {}
+        if measured:
+            metrics.write({"step": done, **measured})
+        if not is_last and done % save_steps == 0:
+            save_checkpoint(engine, worker, done, {"step": done, **measured})
+        elif measured:
+            worker.report({"step": done, **measured})
+
+    export(engine, job, task, validation if len(validation) else rows, worker)
+    metrics.close()
+
+
+def batch_plan(recipe: Recipe, n_rows: int) -> BatchPlan:
+    """The steps of a recipe over so many rows."""
+    return BatchPlan(
+        n_rows=n_rows,
+        global_batch_size=recipe.train.global_batch_size,
+        epochs=recipe.train.num_train_epochs,
+        max_steps=recipe.train.max_steps,
+        seed=recipe.train.seed,
+    )
+
+
+def _batch(rows: TokenRows, portion: Rows, task: Any, job: Job, device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors of one forward pass. An empty portion becomes one row that counts for nothing: ZeRO's collectives need every rank there."""
+    taken = rows.take(portion) if len(portion) else [{"input_ids": [job.data.pad_token_id] * 2, "labels": [-100, -100]}]
+    return {name: tensor.to(device) for name, tensor in task.collate(taken, pad_token_id=job.data.pad_token_id).items()}
+
+
+def _sum_over_workers(totals: torch.Tensor, device: torch.device, worker: Worker) -> torch.Tensor:
+    if worker.world_size > 1:
+        totals = totals.to(device)
+        dist.all_reduce(totals)
+    return totals
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout is drawn from (seed, step, rank), so that a resumed run draws what it would have drawn."""
+    return (seed * 1_000_003 + step) * 65_537 + rank

@@ -1,0 +1,102 @@
+"""Runs as they happen: a bar with loss, tokens a second and time left in a terminal, a line now and then in a log."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from training.metrics import read_metrics
+
+POLL_S = 0.25
+LOG_EVERY_S = 10.0
+SPEED_OVER_STEPS = 20
+
+
+class RunProgress:
+    """Follows the metrics files of one or more runs, from a thread of its own, while the block lasts."""
+
+    def __init__(self, runs: Callable[[], dict[Path, str]], *, console: Console) -> None:
+        """Args: runs: Asked again and again which run folders there are, and how to call each. console: Where to draw."""
+        self._runs = runs
+        self._console = console
+        self._followers: dict[Path, _Follower] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "RunProgress":
+        self._bars.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+        self._bars.stop()
+
+    def _follow(self) -> None:
+        while True:
+            over = self._over.wait(POLL_S)
+            for folder, label in self._runs().items():
+                if folder not in self._followers:
+                    self._followers[folder] = _Follower(folder, label, self._bars, self._console)
+                self._followers[folder].show_new()
+            if over:
+                return
+
+
+class _Follower:
+    """One run's bar."""
+
+    def __init__(self, folder: Path, label: str, bars: Progress, console: Console) -> None:
+        self._folder, self._label, self._bars, self._console = folder, label, bars, console
+        self._bar: TaskID = bars.add_task(label, total=None, figures="starting workers")
+        self._recent: deque[dict[str, Any]] = deque(maxlen=SPEED_OVER_STEPS)
+        self._total = 0
+        self._read = 0
+        self._next_log = 0.0
+
+    def show_new(self) -> None:
+        lines = read_metrics(self._folder)
+        if len(lines) < self._read:  # a restarted run dropped what a lost worker had written
+            self._read = 0
+            self._recent.clear()
+        for line in lines[self._read :]:
+            self._show(line)
+        self._read = len(lines)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if "total_steps" in line:
+            self._total = line["total_steps"]
+            self._bars.reset(self._bar, total=self._total, completed=line["step"], figures="")
+        elif "eval_loss" in line:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("eval_"))
+            self._console.print(f"{self._label} step {line['step']}: {figures}", highlight=False)
+        else:
+            self._recent.append(line)
+            tokens, seconds = (sum(m[name] for m in self._recent) for name in ("tokens", "step_s"))
+            figures = f"loss {line['loss']:.4f}  {tokens / seconds:,.0f} tokens/s"
+            self._bars.update(self._bar, completed=line["step"], figures=figures)
+            self._log(line["step"], figures, left_s=(self._total - line["step"]) * seconds / len(self._recent))
+
+    def _log(self, step: int, figures: str, *, left_s: float) -> None:
+        if self._console.is_terminal or time.monotonic() < self._next_log:
+            return
+        self._next_log = time.monotonic() + LOG_EVERY_S
+        self._console.print(f"{self._label} step {step}/{self._total}  {figures}  about {left_s:.0f} s left", highlight=False)

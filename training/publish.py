@@ -1,0 +1,78 @@
+"""From trained weights to a published adapter: reload them in a clean process, compare, write the card, hand over to the registry."""
+
+import subprocess
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import hone
+from hone.errors import RunFailedError
+from hone.manifest import AdapterManifest, FileEntry, Lineage
+from hone.registry import Registry
+from hone.storage import Home, write_text
+from training.card import card
+from training.data import load_tokenizer
+from training.job import Job
+from training.model import choose_dtype
+
+METRICS_KEPT = ("loss", "eval_", "base_eval_")
+
+
+def check_export(job: Job) -> None:
+    """Reload the export where a worker would run, in a process of its own, and compare it with the golden outputs.
+
+    Raises:
+        RunFailedError: the saved weights do not answer as the trained ones did; nothing is published.
+    """
+    import ray
+
+    each = job.resources_per_worker
+    reload = ray.remote(num_cpus=each.get("CPU", 0), num_gpus=each.get("GPU", 0), max_retries=1)(_reload_in_clean_process)
+    code, said = ray.get(reload.remote(str(job.folder)))
+    if code:
+        raise RunFailedError(f"{job.export_folder}: the saved weights do not answer as the trained ones did: {said}")
+
+
+def publish(job: Job, metrics: dict[str, float], *, home: Home, trial: dict[str, Any] | None = None) -> AdapterManifest:
+    """Put the checked export into the registry as the next version of the recipe's name, and move the recipe's alias to it.
+
+    Args:
+        job: A finished run.
+        metrics: Its last metrics.
+        home: Where the registry is.
+        trial: The search trial that made it, for the lineage.
+    """
+    recipe, folder = job.recipe, job.export_folder
+    tokenizer = load_tokenizer(job.base_folder)
+    tokenizer.save_pretrained(folder)
+    write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+    kept = {name: value for name, value in metrics.items() if name.startswith(METRICS_KEPT)}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def describe(version: int, files: dict[str, FileEntry]) -> AdapterManifest:
+        return AdapterManifest(
+            name=recipe.name,
+            version=version,
+            kind="full" if recipe.method.type == "full" else "lora",
+            task=recipe.task,
+            base=job.base_id,
+            dtype=str(choose_dtype(recipe, use_gpu=job.use_gpu)).removeprefix("torch."),
+            labels=job.data.labels,
+            metrics=kept,
+            lineage=Lineage(run_id=job.run_id, data_digest=job.data.digest, hone_version=hone.__version__, trial=trial),
+            created_at=created,
+            files=files,
+        )
+
+    write_text(folder / "README.md", card(job, kept, created=created, trial=trial))
+    registry = Registry(home)
+    manifest = registry.publish(folder, recipe.name, describe=describe)
+    if recipe.publish.alias:
+        registry.set_alias(recipe.publish.alias, str(manifest.ref))
+    return manifest
+
+
+def _reload_in_clean_process(folder: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-m", "training.check", folder], capture_output=True, text=True, check=False)
+    said = (done.stdout if done.stdout.strip() else done.stderr).strip().splitlines()
+    return done.returncode, said[-1] if said else f"exit code {done.returncode}"

@@ -1,0 +1,70 @@
+"""`chat`: a causal language model learns the assistant's turns; nothing else counts in the loss."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from hone.base_model import BaseModel
+from hone.chat import encode_chat
+from hone.errors import BaseModelError
+from hone.records import Row
+from training.tasks.task import Batch, Encoded, pad
+
+IGNORED = -100
+
+
+class Chat:
+    """Loss on assistant tokens only, averaged over the tokens of the global batch."""
+
+    name: ClassVar[str] = "chat"
+    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    accuracy_name: ClassVar[str] = "token_accuracy"
+
+    def check_base(self, base: BaseModel) -> None:
+        if not base.is_decoder:
+            kinds = ", ".join(base.config.get("architectures") or ["unknown"])
+            raise BaseModelError(f"{base.id.name}: task chat needs a causal language model, and this is {kinds}")
+
+    def find_labels(self, rows: Sequence[Row]) -> list[str] | None:  # noqa: ARG002 - the protocol's signature
+        return None
+
+    def encode(self, row: Row, tokenizer: Any, *, max_length: int, labels: list[str] | None) -> tuple[Encoded, bool]:  # noqa: ARG002
+        chat = encode_chat(tokenizer, row["messages"])
+        ids, targets = chat.input_ids[:max_length], chat.is_target[:max_length]
+        # The first token has nothing before it to be predicted from.
+        marked = [token if wanted and n else IGNORED for n, (token, wanted) in enumerate(zip(ids, targets, strict=True))]
+        return Encoded(ids, marked, sum(label != IGNORED for label in marked)), len(chat.input_ids) > max_length
+
+    def model_class(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def load_model(
+        self,
+        folder: Path,
+        *,
+        labels: list[str] | None,  # noqa: ARG002
+        dtype: torch.dtype,
+        pad_token_id: int,  # noqa: ARG002
+    ) -> tuple[Any, set[str]]:
+        return self.model_class().from_pretrained(folder, dtype=dtype, use_safetensors=True), set()
+
+    def head_modules(self, model: Any) -> list[str] | None:  # noqa: ARG002
+        return None
+
+    def outputs(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        last = batch["attention_mask"].sum(1) - 1
+        return logits[torch.arange(len(last)), last]
+
+    def collate(self, rows: Sequence[dict[str, Any]], *, pad_token_id: int) -> Batch:
+        return {**pad(rows, pad_token_id), "labels": pad(rows, IGNORED, "labels")["labels"]}
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = batch["labels"][:, 1:]
+        is_target = labels != IGNORED
+        predicted, wanted = logits[:, :-1][is_target].float(), labels[is_target]
+        return cross_entropy(predicted, wanted, reduction="sum"), (predicted.argmax(-1) == wanted).sum()

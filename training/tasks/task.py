@@ -1,0 +1,67 @@
+"""What a task is, and the padding that all of them share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from hone.base_model import BaseModel
+from hone.records import Row
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens. `n_targets` counts what the loss averages over: predicted tokens, or 1 for a labelled row."""
+
+    input_ids: list[int]
+    labels: list[int]
+    n_targets: int
+
+
+class Task(Protocol):
+    """What training needs to know about a task."""
+
+    name: ClassVar[str]
+    peft_task_type: ClassVar[str]
+    accuracy_name: ClassVar[str]
+    """What the share of right answers is called in the metrics."""
+
+    def check_base(self, base: BaseModel) -> None:
+        """Raise BaseModelError where the base cannot do this task."""
+
+    def find_labels(self, rows: Sequence[Row]) -> list[str] | None:
+        """The classes that the training rows name, in head order, or None where the task has none."""
+
+    def encode(self, row: Row, tokenizer: Any, *, max_length: int, labels: list[str] | None) -> tuple[Encoded, bool]:
+        """Tokens and targets of one row, and whether it was cut to max_length."""
+
+    def model_class(self) -> Any:
+        """The transformers auto class that loads a base for this task."""
+
+    def load_model(self, folder: Path, *, labels: list[str] | None, dtype: torch.dtype, pad_token_id: int) -> tuple[Any, set[str]]:
+        """The base as a transformers model, and the names of parameters that the folder does not have (a fresh head)."""
+
+    def head_modules(self, model: Any) -> list[str] | None:
+        """Names of the modules that start fresh, and so train and are saved whole beside LoRA weights."""
+
+    def outputs(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What a served answer depends on, one vector per row: [rows, outputs]."""
+
+    def collate(self, rows: Sequence[dict[str, Any]], *, pad_token_id: int) -> Batch:
+        """Right-padded tensors: input_ids and attention_mask [rows, length] and labels."""
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed cross entropy over the targets, and how many of them were predicted right (both scalars)."""
+
+
+def pad(rows: Sequence[dict[str, Any]], value: int, column: str = "input_ids") -> Batch:
+    """Right-pad one column to its longest row: {column, attention_mask}, each [rows, length] int64."""
+    length = max(len(row[column]) for row in rows)
+    return {
+        column: torch.tensor([[*row[column], *[value] * (length - len(row[column]))] for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row[column]) + [0] * (length - len(row[column])) for row in rows]),
+    }

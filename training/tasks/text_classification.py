@@ -1,0 +1,74 @@
+"""`text-classification`: an encoder (or decoder) with a new head names the class of a text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from hone.base_model import BaseModel
+from hone.errors import DataError
+from hone.records import Row
+from training.tasks.task import Batch, Encoded, pad
+
+HEADS = ("pre_classifier", "classifier", "score", "classification_head")
+"""What transformers calls the parts of a sequence classification head, whatever the architecture."""
+
+
+class TextClassification:
+    """Cross entropy over the classes, averaged over the rows of the global batch."""
+
+    name: ClassVar[str] = "text-classification"
+    peft_task_type: ClassVar[str] = "SEQ_CLS"
+    accuracy_name: ClassVar[str] = "accuracy"
+
+    def check_base(self, base: BaseModel) -> None:
+        """Every base with a sequence-classification class in transformers will do; loading says if there is none."""
+
+    def find_labels(self, rows: Sequence[Row]) -> list[str] | None:
+        labels = sorted({row["label"] for row in rows})
+        if len(labels) < 2:
+            raise DataError(f"the training rows name only one class, {labels[0]!r}; a classifier needs at least two")
+        return labels
+
+    def encode(self, row: Row, tokenizer: Any, *, max_length: int, labels: list[str] | None) -> tuple[Encoded, bool]:
+        ids = tokenizer(row["text"])["input_ids"]
+        cut = len(ids) > max_length
+        if cut:
+            ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
+        return Encoded(list(ids), [(labels or []).index(row["label"])], 1), cut
+
+    def model_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def load_model(self, folder: Path, *, labels: list[str] | None, dtype: torch.dtype, pad_token_id: int) -> tuple[Any, set[str]]:
+        names = dict(enumerate(labels or []))
+        model, info = self.model_class().from_pretrained(
+            folder,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: n for n, name in names.items()},
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # a base that carries another task's head gets a new one
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model.config.pad_token_id = pad_token_id
+        return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+    def head_modules(self, model: Any) -> list[str] | None:
+        return [name for name, _ in model.named_children() if name in HEADS]
+
+    def outputs(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:  # noqa: ARG002 - the protocol's signature
+        return logits
+
+    def collate(self, rows: Sequence[dict[str, Any]], *, pad_token_id: int) -> Batch:
+        return {**pad(rows, pad_token_id), "labels": torch.tensor([row["labels"][0] for row in rows])}
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = batch["labels"]
+        known = labels >= 0
+        return cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels)[known].sum()

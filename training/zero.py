@@ -1,0 +1,52 @@
+"""From the recipe to DeepSpeed's configuration, and the switches that keep DeepSpeed from compiling anything."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hone.recipe import Recipe
+
+
+def deepspeed_config(recipe: Recipe, *, gradient_accumulation_steps: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize` (https://www.deepspeed.ai/docs/config-json/)."""
+    return {
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": recipe.optim.max_grad_norm,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "zero_optimization": {"stage": recipe.zero.stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+def prepare_deepspeed(*, use_gpu: bool) -> Any:
+    """Import DeepSpeed so that it never builds an op just in time, and let it join the process group.
+
+    Without a GPU it would compile a shared-memory collective on first use, which needs a compiler and takes half a minute; gloo's own
+    does as well. DeepSpeed reads DS_ACCELERATOR when it is imported.
+    """
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False)
+    return deepspeed
+
+
+@contextmanager
+def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, a block in which `from_pretrained` gives each rank its shard; transformers finds the setting by this object's life."""
+    if config["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    held = HfDeepSpeedConfig(config)
+    yield
+    del held
