@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError, model_validator
 
 from hone.errors import RecipeError
 from hone.ids import NAME_PATTERN
@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Settings(BaseModel):
     """A section of the recipe: unknown keys are refused, and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataSettings(Settings):
@@ -60,7 +60,15 @@ class FullMethod(Settings):
     type: Literal["full"] = "full"
 
 
-Method = Annotated[LoraMethod | FullMethod, Field(discriminator="type")]
+def _method_type(value: Any) -> str:
+    """Which method a section means; `type` may be left out where it is LoRA."""
+    return str(value.get("type", "lora") if isinstance(value, dict) else getattr(value, "type", "lora"))
+
+
+Method = Annotated[
+    Annotated[LoraMethod, Tag("lora")] | Annotated[FullMethod, Tag("full")],
+    Discriminator(_method_type, custom_error_type="method_type", custom_error_message="method.type is one of lora, full"),
+]
 
 
 class OptimSettings(Settings):
@@ -316,6 +324,8 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(child, dict):
             raise RecipeError(f"override {key!r}: {part!r} is {child!r}, which has no keys inside it")
         tree = child
+    if last == "type" and tree.get(last) != value:
+        tree.clear()  # the other type's keys mean nothing to this one
     tree[last] = value
 
 
@@ -337,6 +347,8 @@ def _explain(error: Any, tree: dict[str, Any], where: str, lines: dict[tuple[str
     place = f"{where}:{line}" if line else where
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
+        if path[-1] in _fields_at(path[:-1]):
+            return f"{place}: {key}: does not go with the type chosen there; remove it"
         near = _nearest(path)
         return f"{place}: {key}: unknown key" + (f"; did you mean {near}?" if near else f"; known here: {', '.join(_fields_at(path[:-1]))}")
     if error["type"] == "missing":

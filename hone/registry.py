@@ -82,13 +82,13 @@ class Registry:
         Raises:
             UnknownAdapterError: nothing of that name; the message lists what there is.
         """
-        alias = self._aliases / f"{text}.json"
-        if alias.is_file():
-            text = json.loads(alias.read_text())["target"]
         try:
-            ref = AdapterRef.parse(text)
+            ref = AdapterRef.parse(text)  # first of all: the text may come over HTTP, and below it becomes a path
         except RegistryError:
             raise UnknownAdapterError(self._unknown(text)) from None
+        alias = self._aliases / f"{text}.json"
+        if ref.version is None and alias.is_file():
+            ref = AdapterRef.parse(json.loads(alias.read_text())["target"])
         if ref.version is None:
             versions = self._versions(ref.name)
             if not versions:

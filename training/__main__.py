@@ -103,15 +103,18 @@ def _recorded(home: Home, run_id: str, args: argparse.Namespace) -> Iterator[Sto
 def _ray(address: str | None) -> Iterator[None]:
     """A connection to the cluster at `address` or $RAY_ADDRESS, or a Ray of our own on this machine that ends with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # a local Ray's own default, said here so that it need not warn of it
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default here, said so that it need not warn of it
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # keeps 127.0.0.1 as this node's address (docs/decisions/0004)
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning", configure_logging=True, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunFailedError(f"cannot reach Ray at {address}: {str(error).splitlines()[0]}") from error
+    signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put its own in place, which exits without a word
     try:
         yield
     finally:

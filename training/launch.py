@@ -1,7 +1,10 @@
 """From a recipe to trained weights: prepare and check everything here, then run the loop on Ray Train's workers."""
 
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +79,8 @@ def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
         ),
     )
     try:
-        trainer.fit()
+        with _interrupts_raised():
+            trainer.fit()
     except TrainingFailedError as error:
         raise_recorded_failure(job.folder)
         raise RunFailedError(
@@ -84,6 +88,20 @@ def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
         ) from error
     raise_recorded_failure(job.folder)
     return final_metrics(job.folder)
+
+
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Ctrl-C as KeyboardInterrupt again: Ray Train's handler stops the workers, exits the process with 0, and stays in place after fit."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 def train_loop_per_worker(config: dict[str, str]) -> None:

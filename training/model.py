@@ -1,6 +1,7 @@
 """The model that trains: the base from its folder, a fresh head where the task needs one, and the method's trainable weights."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -61,7 +62,10 @@ def apply_method(model: Any, recipe: Recipe, task: Task) -> Any:
         exclude_modules=heads,
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft 0.21 reads a property that transformers 5.23 has renamed; nothing a user could do about it.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            return get_peft_model(model, config)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise

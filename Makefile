@@ -1,0 +1,65 @@
+PYTHON ?= python3
+# On a host with NVIDIA GPUs: make install TORCH=torch (see README, "On GPUs").
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ROOMS := hone training serving cluster
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types imports test-unit test-integration k8s-check bench bench-tables docs clean
+
+help:  ## Print this
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## Make .venv and install hone into it, every version as constraints.txt pins it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@# torch first: a later step would take the newest build with all of CUDA.
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## Fine-tune, search, publish and serve on this machine, in a few minutes
+	$(BIN)/hone demo
+
+test: install lint types imports test-unit test-integration  ## Everything CI runs
+
+lint: install  ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## Rewrite files in our style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install  ## mypy, strict
+	$(BIN)/mypy
+
+imports: install  ## Rooms import the floor, never each other
+	$(BIN)/lint-imports
+
+test-unit: install  ## Fast tests, no cluster
+	$(BIN)/python -m pytest tests/unit tests/k8s tests/docs
+
+test-integration: install  ## Real Ray, real workers, real HTTP
+	$(BIN)/python -m pytest tests/integration
+
+k8s-check: install  ## Manifests and cluster launcher files against their schemas
+	$(BIN)/python -m pytest tests/k8s
+
+bench: install  ## Measure step time under Ray Train against torchrun, and accuracy on real data
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.accuracy
+
+bench-tables: install  ## Write the figures of benchmarks/results into README.md
+	$(BIN)/python -m benchmarks.tables
+
+docs: install  ## Write docs/cli.md and docs/recipe.md from the code
+	$(BIN)/python -m docs.generate
+
+clean:  ## Remove the virtual environment and caches (not .hone)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Measurements as ratios in one run, interleaved, several repeats; each result is a JSON in results/."""

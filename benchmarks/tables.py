@@ -1,0 +1,65 @@
+"""Writes the figures of results/*.json into README.md, between `<!-- figures -->` marks, so that none is typed by hand."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+START, END = "<!-- figures -->", "<!-- /figures -->"
+
+
+def main() -> int:
+    """Rewrite the tables; with --check say only whether they are up to date."""
+    text = README.read_text()
+    fresh = with_tables(text)
+    if "--check" in sys.argv:
+        return int(text != fresh)
+    README.write_text(fresh)
+    return 0
+
+
+def with_tables(readme: str) -> str:
+    """The README with its tables made anew."""
+    head, _, rest = readme.partition(START)
+    _, _, tail = rest.partition(END)
+    return f"{head}{START}\n\n{tables()}\n\n{END}{tail}"
+
+
+def tables() -> str:
+    """Every result that there is, as Markdown."""
+    makers = {"step_time": _step_time, "accuracy": _accuracy}
+    found = [(name, RESULTS / f"{name}.json") for name in makers]
+    return "\n\n".join(makers[name](json.loads(path.read_text())) for name, path in found if path.exists())
+
+
+def _step_time(result: dict[str, Any]) -> str:
+    rows = [
+        f"| {name.split('_')[0]} | {f['ray_train']['median'] * 1000:.0f} ms | {f['torchrun']['median'] * 1000:.0f} ms "
+        f"| {f['ratio']['median']:.3f} ({f['ratio']['min']:.3f} to {f['ratio']['max']:.3f}) |"
+        for name, f in result["figures"].items()
+    ]
+    header = ["| workers | Ray Train | torchrun | ratio, median (spread) |", "| --- | --- | --- | --- |"]
+    return "\n".join(["**Step time under Ray Train against the same loop under torchrun**", "", *header, *rows, "", _footer(result)])
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    rows = [
+        f"| {method} | {', '.join(f'{v:.3f}' for v in f['hone'])} | {', '.join(f'{v:.3f}' for v in f['plain_loop'])} |"
+        for method, f in result["figures"].items()
+    ]
+    header = ["| method | hone, 2 workers, ZeRO-2 | plain torch loop |", "| --- | --- | --- |"]
+    title = "**Validation accuracy after epochs 1, 2, 3: movie reviews on MiniLM-L6**"
+    return "\n".join([title, "", *header, *rows, "", _footer(result)])
+
+
+def _footer(result: dict[str, Any]) -> str:
+    e = result["environment"]
+    versions = ", ".join(f"{name} {e[name]}" for name in ("ray", "torch", "deepspeed", "transformers", "peft"))
+    return f"`{result['command']}` on {e['gpu'] or e['cpu']}, {e['cores']} cores; {versions}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""`hone train` and `hone tune`: a recipe here, in a child process that this one waits for."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.terminal import notes
+from hone.errors import RecipeError
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Overrides such as optim.learning_rate=2e-4.", show_default=False)
+]
+HomeOption = Annotated[str | None, typer.Option("--home", help="Home folder (default $HONE_HOME or ./.hone).", show_default=False)]
+RayAddress = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster, HOST:PORT (default $RAY_ADDRESS, else a local Ray).", show_default=False)
+]
+
+
+def train(recipe: RecipeFile, overrides: Overrides = None, home: HomeOption = None, address: RayAddress = None) -> None:
+    """Train a recipe here, on a local Ray or a cluster this machine can join."""
+    _run(recipe, overrides or [], home=home, address=address, is_search=False)
+
+
+def tune(recipe: RecipeFile, overrides: Overrides = None, home: HomeOption = None, address: RayAddress = None) -> None:
+    """Run a recipe's search and publish the best trial."""
+    _run(recipe, overrides or [], home=home, address=address, is_search=True)
+
+
+def _run(path: Path, overrides: list[str], *, home: str | None, address: str | None, is_search: bool) -> None:
+    from cluster.child import run_child
+    from cluster.connect import local_environment
+    from cluster.entrypoint import training_argv
+    from hone.ids import new_run_id
+    from hone.recipe import load_recipe
+    from hone.storage import Home
+
+    recipe = load_recipe(path, overrides)
+    if is_search:
+        check_has_search(recipe.search, path)
+    place = Home(home)
+    place.ready()
+    run_id = new_run_id(recipe.name)
+    argv = training_argv(path, overrides, is_search=is_search, home=place.root, run_id=run_id, address=address)
+    is_local = not (address or os.environ.get("RAY_ADDRESS"))
+    code = run_child(argv, environment=local_environment() if is_local else {})
+    if code in (130, 143):
+        left = f"; what it wrote is in {place.runs / run_id}" if (place.runs / run_id).is_dir() else ""
+        notes().print(f"hone: stopped{left}; the same command starts it again", markup=False)
+    raise typer.Exit(code)
+
+
+def check_has_search(search: object, path: Path) -> None:
+    """Raises RecipeError where a recipe says nothing to search."""
+    if search is None:
+        raise RecipeError(f"{path}: no search: section, so there is nothing to tune; `hone recipe init` writes a recipe that has one")

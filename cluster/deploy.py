@@ -1,0 +1,141 @@
+"""Puts the serving application on a Ray cluster through Serve's declarative interface, and waits until it answers.
+
+The application is known here by its import path alone.
+"""
+
+import errno
+import ipaddress
+import json
+import socket
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from cluster.connect import LocalRay
+from cluster.dashboard import Dashboard, open_url
+from hone.errors import ResourceError, RunFailedError
+
+IMPORT_PATH = "serving.app:build"
+APPLICATION = "hone"
+APPLICATIONS_PATH = "/api/serve/applications/"
+FAILED = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
+POLL_S = 0.5
+
+
+def check_bind(host: str, port: int) -> None:
+    """Refuse an address that others could reach, and a port that is taken.
+
+    Raises:
+        ResourceError: either.
+    """
+    if not _is_loopback(host):
+        raise ResourceError(
+            f"--host {host}: others could reach it, and this version has no API keys yet, so it answers on 127.0.0.1 only; "
+            "put a proxy that checks who is asking in front of it, or use an SSH tunnel"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(f"port {port} on {host}: {_why(error)}; choose another with --port") from None
+
+
+def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str, int] | None = None) -> None:
+    """Ask the cluster for the serving application; other applications on it stay.
+
+    Args:
+        dashboard: The cluster.
+        base: Base model, as the replicas find it.
+        home: Home, as the replicas see it; by default their $HONE_HOME.
+        http: Host and port of Serve's proxy, which only a cluster without Serve takes; by default the cluster's own.
+
+    Raises:
+        ResourceError: the cluster does not answer, or refuses the configuration.
+    """
+    args = {"base": base, **({"home": home} if home else {})}
+    application = {"name": APPLICATION, "import_path": IMPORT_PATH, "route_prefix": "/", "args": args}
+    config: dict[str, Any] = {"applications": [*_others(dashboard), application]}
+    if http is not None:
+        config |= {"proxy_location": "HeadOnly", "http_options": {"host": http[0], "port": http[1]}}
+    dashboard.put(APPLICATIONS_PATH, config)
+
+
+def deploy_locally(ray: LocalRay, *, base: str, home: str, host: str, port: int) -> list[str]:
+    """Deploy on a local Ray and wait until it answers; the models that are served.
+
+    Raises:
+        RunFailedError: it failed to start.
+    """
+    dashboard = Dashboard(ray.dashboard, token=ray.token)
+    deploy(dashboard, base=base, home=home, http=(host, port))
+    wait_until_deployed(dashboard, is_alive=lambda: ray.process.poll() is None)
+    return wait_until_healthy(url_of(host, port))
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def wait_until_deployed(dashboard: Dashboard, *, is_alive: Callable[[], bool] = lambda: True) -> None:
+    """Wait until Serve calls the application running; however long its base takes to load.
+
+    Raises:
+        RunFailedError: it failed to start; the reason is in the message.
+    """
+    while True:
+        details = dashboard.get(APPLICATIONS_PATH)["applications"].get(APPLICATION, {})
+        status = details.get("status")
+        if status == "RUNNING":
+            return
+        if status in FAILED or not is_alive():
+            raise RunFailedError(f"serving did not start: {_reason(details)}")
+        time.sleep(POLL_S)
+
+
+def wait_until_healthy(url: str, *, timeout_s: float = 60) -> list[str]:
+    """Wait until `/healthz` answers; the models that are served.
+
+    Raises:
+        RunFailedError: it does not within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            _get(f"{url}/healthz")
+            return [model["id"] for model in json.loads(_get(f"{url}/v1/models"))["data"]]
+        except (OSError, ValueError, KeyError) as error:
+            if time.monotonic() > deadline:
+                raise RunFailedError(f"{url}/healthz does not answer after {timeout_s:.0f} s ({error})") from None
+            time.sleep(POLL_S)
+
+
+def _others(dashboard: Dashboard) -> list[dict[str, Any]]:
+    """Configurations of the other applications: a declarative deployment removes whatever it does not name."""
+    running = dashboard.get(APPLICATIONS_PATH)["applications"]
+    return [app["deployed_app_config"] for name, app in running.items() if name != APPLICATION and app.get("deployed_app_config")]
+
+
+def _reason(details: dict[str, Any]) -> str:
+    """The last line of what Serve says went wrong, the exception's own."""
+    said = [details.get("message") or "", *(d.get("message") or "" for d in (details.get("deployments") or {}).values())]
+    lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line and not line.startswith("File ")]
+    return (errors or lines or ["the local Ray ended"])[-1]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _why(error: OSError) -> str:
+    return "already in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
+
+
+def _get(url: str) -> bytes:
+    with open_url(urllib.request.Request(url), timeout_s=5) as response:
+        return bytes(response.read())

@@ -1,0 +1,31 @@
+"""The command line of `python -m training`, which is all that this room knows of training."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+MODULE = "training"
+
+
+def training_argv(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    is_search: bool = False,
+    home: str | Path | None = None,
+    run_id: str | None = None,
+    address: str | None = None,
+    python: Sequence[str] = (sys.executable, "-P"),
+) -> list[str]:
+    """What to run for one recipe. `-P` keeps a `training.py` in the user's folder from being run instead."""
+    options: list[str] = ["--search"] if is_search else []
+    for name, value in (("--home", home), ("--run-id", run_id), ("--address", address)):
+        if value is not None:
+            options += [name, str(value)]
+    return [*python, "-m", MODULE, str(recipe), *overrides, *options]
+
+
+def shell_line(argv: Sequence[str]) -> str:
+    """The same as one line for a shell, which is how Ray Jobs takes it."""
+    return shlex.join(argv)

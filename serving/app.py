@@ -1,0 +1,138 @@
+"""`serving.app:build`: what Ray Serve imports, from `hone serve` or from a Serve configuration file.
+
+Two deployments. The ingress holds no model: it validates, routes and formats, so a busy replica never delays a 404. Each replica holds the
+base. Serve's HTTP server binds 127.0.0.1 unless told otherwise.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from hone.registry import Registry
+from hone.storage import Home
+from serving.calls import ChatCall, Classified, ClassifyCall, CompletionCall, Event, Failed, Status
+from serving.catalog import BaseDescription
+from serving.ingress import BusyError, make_app
+from serving.replica import Replica
+
+INGRESS_REQUESTS = 4096
+
+
+class ServeArgs(BaseModel):
+    """Arguments of the application."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str = Field(min_length=1)
+    """Base model: a Hugging Face folder, a hub name, or a published whole model `name@version`."""
+    home: str | None = None
+    """Home folder, whose registry is served; `$HONE_HOME`, else ./.hone."""
+    revision: str | None = None
+    """Hub revision of the base."""
+    num_replicas: int = Field(default=1, ge=1)
+    max_rows: int = Field(default=16, ge=1)
+    """Answers that one replica makes at once; more wait their turn."""
+    max_context: int | None = Field(default=None, ge=8)
+    """Tokens of prompt and answer together; by default as many as the base and the memory allow."""
+    max_adapters: int = Field(default=64, ge=1)
+    """Adapters that one replica keeps in memory."""
+    max_queued: int = Field(default=256, ge=0)
+    """Requests that wait for a replica before more are answered 429."""
+    num_cpus: float = Field(default=1, ge=0)
+    """CPU cores of one replica, and the threads that it computes with."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs of one replica; by default one where the cluster has any."""
+
+
+def build(args: ServeArgs) -> serve.Application:
+    """The application: `serve.run(build(ServeArgs(base=...)))`, or `import_path: serving.app:build` with these args."""
+    args = ServeArgs.model_validate(args)
+    home = str(Home(args.home).root)  # resolved here: a replica has another working directory
+    replica = serve.deployment(Replica).options(
+        name="Replica",
+        num_replicas=args.num_replicas,
+        # Twice what runs at once, so that the engine always has the next rows at hand; the rest waits at the ingress.
+        max_ongoing_requests=2 * args.max_rows,
+        max_queued_requests=args.max_queued,
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": _gpus(args.num_gpus)},
+        health_check_period_s=5,
+    )
+    bound = replica.bind(
+        base=args.base,
+        home=home,
+        revision=args.revision,
+        max_rows=args.max_rows,
+        max_context=args.max_context,
+        max_adapters=args.max_adapters,
+    )
+    # Many more than the replicas take: waiting streams sit here, and those past `max_queued` are answered 429.
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(
+        name="Ingress", max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 0}
+    )
+    return ingress.bind(bound, home)
+
+
+def _gpus(asked: float | None) -> float:
+    if asked is not None:
+        return asked
+    return 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+
+
+class Ingress:
+    """The HTTP application, in front of the replicas."""
+
+    def __init__(self, replica: DeploymentHandle, home: str) -> None:
+        self._app = make_app(ServeBackend(replica), Registry(Home(home)))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+class ServeBackend:
+    """Replicas behind a Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+        self._description: BaseDescription | None = None
+
+    async def describe(self) -> BaseDescription:
+        if self._description is None:
+            self._description = await self._ask("describe")
+        return self._description
+
+    async def status(self) -> Status:
+        status: Status = await self._ask("status")
+        return status
+
+    async def generate(self, call: ChatCall | CompletionCall) -> AsyncIterator[list[Event]]:
+        with _busy_as_error():
+            async for events in self._streaming.generate.remote(call):
+                yield events
+
+    async def answer(self, call: ChatCall | CompletionCall) -> list[Event]:
+        events: list[Event] = await self._ask("answer", call)
+        return events
+
+    async def classify(self, call: ClassifyCall) -> Classified | Failed:
+        result: Classified | Failed = await self._ask("classify", call)
+        return result
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        with _busy_as_error():
+            return await getattr(self._handle, method).remote(*args)
+
+
+@contextmanager
+def _busy_as_error() -> Any:
+    try:
+        yield
+    except BackPressureError as error:
+        raise BusyError(f"the server has all the requests that it holds; try again shortly ({error.message})") from None

@@ -1,0 +1,123 @@
+"""What may be called by name: the base, every adapter of it in the registry, and the aliases. Reads the registry each time it is asked, so
+a version is there the moment it is published."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePath
+from typing import Any
+
+from hone.errors import CorruptAdapterError, UnknownAdapterError
+from hone.manifest import AdapterManifest, BaseModelId
+from hone.registry import Registry
+from serving.errors import AdapterRefusedError, UnknownModelError
+
+
+@dataclass(frozen=True)
+class BaseDescription:
+    """The base model that a server holds."""
+
+    id: BaseModelId
+    task: str
+    """`chat` for a causal model, `text-classification` for an encoder."""
+    max_context: int
+    created: int
+    """Unix time in seconds."""
+    labels: tuple[str, ...] | None = None
+    """Classes of the base's own trained head, if it has one."""
+    published: str | None = None
+    """`name@version`, where the base is a published whole model."""
+
+    @property
+    def names(self) -> list[str]:
+        """Model ids of the base itself, its full name first."""
+        return list(dict.fromkeys([self.published or self.id.name, PurePath(self.id.name).name]))
+
+
+class Catalog:
+    """Model ids of one server."""
+
+    def __init__(self, registry: Registry, base: BaseDescription) -> None:
+        self.registry = registry
+        self.base = base
+
+    def find(self, model: str) -> AdapterManifest | None:
+        """What a model id means right now: an adapter, or None for the base.
+
+        An adapter goes before the base where both have the name.
+
+        Raises:
+            UnknownModelError: neither; where it is an adapter that cannot be served here, the message says why.
+            AdapterRefusedError: its manifest cannot be read.
+        """
+        try:
+            manifest = self.registry.resolve(model)
+        except UnknownAdapterError:
+            manifest = None
+        except CorruptAdapterError as error:
+            raise AdapterRefusedError(error.message, "model") from None
+        if manifest is not None and self._is_served(manifest):
+            return manifest
+        if model in self.base.names or (manifest is not None and str(manifest.ref) == self.base.published):
+            return None
+        raise UnknownModelError(self._reason(model, manifest), "model")
+
+    def cards(self) -> list[dict[str, Any]]:
+        """Every model id as OpenAI's model object: the base, its adapters by name and version, the aliases that point at them."""
+        adapters = [manifest for manifest in self.registry.adapters() if self._is_served(manifest)]
+        taken = {name for manifest in adapters for name in (manifest.name, str(manifest.ref))}
+        served = {str(manifest.ref): manifest for manifest in adapters}
+        aliases = [(alias, served[target]) for alias, target in self.registry.aliases().items() if target in served]
+        return [
+            *(self.base_card(name) for name in self.base.names if name not in taken),
+            *(adapter_card(str(manifest.ref), manifest) for manifest in adapters),
+            *(adapter_card(alias, manifest) for alias, manifest in aliases),
+        ]
+
+    def card(self, model: str) -> dict[str, Any]:
+        """The model object of one id. Raises as `find` does."""
+        manifest = self.find(model)
+        return adapter_card(model, manifest) if manifest else self.base_card(model)
+
+    def base_card(self, name: str) -> dict[str, Any]:
+        """The base as OpenAI's model object."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.base.created,
+            "owned_by": "base",
+            "task": self.base.task,
+            "fingerprint": self.base.id.fingerprint,
+            "max_context": self.base.max_context,
+        }
+
+    def _is_served(self, manifest: AdapterManifest) -> bool:
+        return manifest.kind == "lora" and manifest.base.fingerprint == self.base.id.fingerprint
+
+    def _reason(self, model: str, manifest: AdapterManifest | None) -> str:
+        shown = model if len(model) <= 200 else f"{model[:200]}..."
+        if manifest is None:
+            return f"no model {shown!r} here; GET /v1/models lists those there are"
+        if manifest.kind == "full":
+            return f"{manifest.ref} is a whole model of its own, and this server serves {self.base.names[0]}; serve it as a base"
+        here, there = self.base.id, manifest.base
+        return (
+            f"{manifest.ref} is an adapter of {there.name} ({there.fingerprint[:12]}), and this server serves "
+            f"{self.base.names[0]} ({here.fingerprint[:12]}); call the server of its base"
+        )
+
+
+def adapter_card(model: str, manifest: AdapterManifest) -> dict[str, Any]:
+    """An adapter as OpenAI's model object, with its lineage riding along."""
+    return {
+        "id": model,
+        "object": "model",
+        "created": int(datetime.fromisoformat(manifest.created_at).timestamp()),
+        "owned_by": "hone",
+        "adapter": str(manifest.ref),
+        "digest": manifest.digest,
+        "task": manifest.task,
+        "labels": manifest.labels,
+        "metrics": manifest.metrics,
+        "parent": manifest.base.model_dump(),
+        "lineage": manifest.lineage.model_dump(),
+    }

@@ -1,0 +1,106 @@
+"""Which causal models the slot engine may serve, and up to what context: read from the configuration, then measured.
+
+An architecture that cannot be mixed is refused when the server starts, with the reason, and never served wrong.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+
+from hone.errors import BaseModelError
+from serving.engine.cache import SlotCache, bytes_per_token
+from serving.engine.decoder import Decoder
+from serving.engine.lora import Segments
+from serving.errors import EngineError
+
+NEEDED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+ATTENTION = {"full_attention", "sliding_attention"}
+ROPE_OF_THE_WHOLE_BATCH = {"dynamic", "longrope"}
+"""These change every row's rotation once any row of the batch is longer than the original context."""
+PROBE_TOKENS = 12
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference (in L2 norm) between two ways of computing the same logits in this type."""
+    return 1e-3 if dtype == torch.float32 else 5e-2
+
+
+def context_of(model: Any, *, positions: int, asked: int | None, rows: int, memory_bytes: int) -> int:
+    """Tokens that one row may have, prompt and answer together.
+
+    Args:
+        model: The base.
+        positions: What its position embeddings reach.
+        asked: The `max_context` setting; without one, the most that the architecture and the memory allow.
+        rows: Rows that run at once.
+        memory_bytes: What may be spent on keys and values.
+
+    Raises:
+        BaseModelError: the architecture cannot be served by this engine, or not at the context that was asked for.
+    """
+    config = model.config.get_text_config()
+    _check_architecture(model, config)
+    limits = {"its position embeddings": positions, **_window_limits(config)}
+    reason, most = min(limits.items(), key=lambda item: item[1])
+    if asked is not None:
+        if asked > most:
+            raise BaseModelError(f"max_context {asked} is past what {type(model).__name__} can be served at: {most}, for {reason}")
+        return asked
+    affordable = memory_bytes // (rows * bytes_per_token(config, model.dtype))
+    return max(1, min(most, int(affordable)))
+
+
+def probe(decoder: Decoder) -> None:
+    """Compare the slot engine with the model's own plain forward pass, on rows of different lengths, one decode step included.
+
+    Raises:
+        BaseModelError: they differ.
+    """
+    model = decoder.model
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    lengths = (PROBE_TOKENS, PROBE_TOKENS // 2)
+    rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    wanted = torch.cat([model(input_ids=torch.tensor([row], device=decoder.device)).logits[:, -1].float() for row in rows])
+    cache = SlotCache(slots=len(rows), max_context=PROBE_TOKENS)
+    try:
+        decoder.prefill(cache, [row[:-1] for row in rows], [None, None], first=0)
+        got = decoder.decode(cache, [row[-1] for row in rows], [len(row) - 1 for row in rows], Segments([None, None]))
+    except EngineError as error:
+        raise BaseModelError(f"{type(model).__name__}: {error.message}; this architecture is not served by this engine") from None
+    difference = float((got - wanted).norm() / wanted.norm())
+    if not difference <= tolerance(model.dtype):
+        raise BaseModelError(
+            f"{type(model).__name__}: rows in one batch do not give what each gives alone (relative difference {difference:.2g}), "
+            "so its adapters cannot be mixed; this architecture is not served by this engine"
+        )
+
+
+def _check_architecture(model: Any, config: Any) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise BaseModelError(f"{name} is an encoder-decoder; this engine serves decoders and encoders")
+    missing = [argument for argument in NEEDED_ARGUMENTS if argument not in inspect.signature(model.forward).parameters]
+    if missing:
+        raise BaseModelError(f"{name} takes no {', '.join(missing)}, so rows of different lengths cannot share a batch")
+    other = sorted(set(getattr(config, "layer_types", None) or []) - ATTENTION)
+    if other or getattr(model, "_is_stateful", False):
+        kinds = ", ".join(other) or "recurrent layers"
+        raise BaseModelError(f"{name} keeps a state that is not keys and values ({kinds}), which this engine cannot hold")
+
+
+def _window_limits(config: Any) -> dict[str, int]:
+    """What the context must stay within for a batch of rows to be computed as each row alone would be."""
+    limits = {}
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if windowed and getattr(config, "sliding_window", None):
+        limits["its sliding window, which this engine does not slide"] = int(config.sliding_window)
+    if getattr(config, "attention_chunk_size", None):
+        limits["its attention chunks, which this engine does not cut"] = int(config.attention_chunk_size)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for settings in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if settings.get("rope_type") in ROPE_OF_THE_WHOLE_BATCH:
+            original = settings.get("original_max_position_embeddings") or config.max_position_embeddings
+            limits[f"{settings['rope_type']} rope, which past that would depend on the other rows of the batch"] = int(original)
+    return limits

@@ -1,0 +1,191 @@
+"""Requests on the wire, as OpenAI's client sends them.
+
+Types are strict: a number in quotes is an error. Parameters that would change the answer and that this version does not do are refused by
+name; those that change nothing (`user`, `metadata`, `store`) are accepted.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serving.calls import ChatCall, ClassifyCall, CompletionCall, Sampling
+from serving.errors import RequestError
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": (),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Parameters that this version does not do -> the values that ask for nothing (null always does)."""
+CHOICES_AT_MOST = 16
+ROWS_AT_MOST = 256
+"""Prompts or texts in one request."""
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+"""JSON can spell strings that no tokenizer and no UTF-8 answer can hold."""
+
+
+class Request(BaseModel):
+    """What every request has."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: Text = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _asks_for_nothing_unsupported(self) -> "Request":
+        for name, value in (self.model_extra or {}).items():
+            if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+                raise RequestError(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+        return self
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class GenerateRequest(Request):
+    """Settings that chat and completions share."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    n: int | None = Field(default=None, ge=1, le=CHOICES_AT_MOST)
+    stop: list[Text] | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(default=None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_as_list(cls, value: Any) -> Any:
+        stop = [value] if isinstance(value, str) else value
+        if isinstance(stop, list) and len(stop) > 4:
+            raise ValueError(f"at most 4 stop strings; there are {len(stop)}")
+        return stop
+
+    @property
+    def with_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, max_tokens: int | None) -> Sampling:
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            stop=tuple(text for text in self.stop or [] if text),
+        )
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text
+    name: Text | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parts_as_text(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError('every part of a message must be {"type": "text", "text": ...}; this server reads text only')
+        return "\n".join(str(text) for text in texts)
+
+    @model_validator(mode="after")
+    def _no_tools(self) -> "Message":
+        called = [name for name in ("tool_calls", "function_call") if (self.model_extra or {}).get(name)]
+        if called:
+            raise RequestError(f"{called[0]} in a message is not supported by this server", "messages", "unsupported_parameter")
+        return self
+
+    def as_row(self) -> dict[str, Any]:
+        return {"role": self.role, "content": self.content, **({"name": self.name} if self.name else {})}
+
+
+class ChatRequest(GenerateRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatRequest":
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are two names of one limit; give one of them")
+        return self
+
+    def call(self) -> ChatCall:
+        limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        return ChatCall(self.model, [message.as_row() for message in self.messages], self.n or 1, self.sampling(limit))
+
+
+class CompletionRequest(GenerateRequest):
+    """POST /v1/completions."""
+
+    prompt: list[str | list[int]] = Field(min_length=1, max_length=ROWS_AT_MOST)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        is_one = isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value))
+        prompts = [value] if is_one else value
+        if not isinstance(prompts, list) or not all(isinstance(p, str) or _is_tokens(p) for p in prompts):
+            raise ValueError("a prompt is a text, a list of texts, a list of token ids, or a list of such lists")
+        return [_encodable(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def call(self) -> CompletionCall:
+        # OpenAI's completions stop after 16 tokens where nothing is said.
+        return CompletionCall(self.model, self.prompt, self.n or 1, self.sampling(16 if self.max_tokens is None else self.max_tokens))
+
+
+class ClassifyRequest(Request):
+    """POST /v1/classify."""
+
+    input: list[Text] = Field(min_length=1, max_length=ROWS_AT_MOST)
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def call(self) -> ClassifyCall:
+        return ClassifyCall(self.model, self.input)
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)

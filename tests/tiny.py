@@ -1,0 +1,80 @@
+"""Models small enough to make in a second, real enough for every library here to load them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = (
+    "the cat sat on a mat and the dog ran to the river while seven small birds sang over green hills near an old stone house "
+    "what is two plus two four why does it rain because clouds are heavy with water hello there good morning thank you"
+)
+
+
+def make_tokenizer(folder: Path, *, chat_template: str | None = None) -> Any:
+    """A byte-level BPE tokenizer that can encode any text, trained on a sentence."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([WORDS], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_llama(folder: Path, *, seed: int = 0, hidden_size: int = 32, max_position_embeddings: int = 256) -> Path:
+    """A random two-layer Llama with grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_position_embeddings,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_bert(folder: Path, *, seed: int = 0) -> Path:
+    """A random two-layer BERT encoder without a head."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertModel(config)
+    model.config.architectures = ["BertModel"]
+    model.save_pretrained(folder)
+    return folder

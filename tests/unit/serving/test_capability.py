@@ -1,0 +1,148 @@
+"""Architectures: served right, or refused with the reason."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
+
+from hone.errors import BaseModelError
+from serving.engine.cache import SlotCache
+from serving.engine.capability import context_of, probe
+from serving.engine.decoder import Decoder
+from serving.engine.lora import AdapterWeights, Mixer, Segments, Stack, StackedRows
+from serving.loading import split_weights
+
+SMALL: dict[str, Any] = {"vocab_size": 90, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+GROUPED: dict[str, Any] = {
+    **SMALL,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+GPT2: dict[str, Any] = {"vocab_size": 90, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def make(config: Any) -> Any:
+    torch.manual_seed(0)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def context(model: Any, asked: int | None = None) -> int:
+    return context_of(model, positions=64, asked=asked, rows=4, memory_bytes=2**30)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**GROUPED),
+        Qwen2Config(**GROUPED),
+        Qwen3Config(**GROUPED, head_dim=16),
+        GPT2Config(**GPT2),
+    ],
+    ids=lambda c: c.model_type,
+)
+@torch.inference_mode()
+def test_mixed_rows_equal_peft_on_each_architecture(config: Any) -> None:
+    model, plain = make(config), make(config)
+    decoder = Decoder(model, Mixer(model))
+    assert context(model) == 64
+    probe(decoder)
+    targets = ["c_attn", "c_proj"] if config.model_type == "gpt2" else ["q_proj", "down_proj"]
+    adapted = get_peft_model(
+        plain, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets, fan_in_fan_out=config.model_type == "gpt2")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(std=0.3)
+    state = {k.replace(".default", ""): v for k, v in adapted.state_dict().items() if "lora_" in k}
+    layers, _ = split_weights(state, {"lora_alpha": 8}, decoder.mixer.shapes, device=decoder.device, dtype=torch.float32)
+    weights = AdapterWeights(layers)
+    rows = [[5, 6, 7, 8, 9], [11, 12], [5, 6, 7, 8, 9]]
+    adapters = [None, weights, weights]
+    cache = SlotCache(slots=3, max_context=64)
+    decoder.prefill(cache, [row[:-1] for row in rows], adapters, first=0)
+    plan = StackedRows(adapters, Stack([weights]), decoder.device)
+    got = decoder.decode(cache, [row[-1] for row in rows], [len(row) - 1 for row in rows], plan)
+    with adapted.disable_adapter():
+        wanted = [adapted(torch.tensor([rows[0]])).logits[0, -1]]
+    wanted += [adapted(torch.tensor([row])).logits[0, -1] for row in rows[1:]]
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sliding_window_bounds_the_context() -> None:
+    model = make(MistralConfig(**GROUPED, sliding_window=16))
+    assert context(model) == 16
+    with pytest.raises(BaseModelError, match=r"max_context 32 is past .* 16, for its sliding window"):
+        context(model, asked=32)
+
+
+def test_a_rope_that_depends_on_the_longest_row_bounds_the_context() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 24,
+        "rope_theta": 1e4,
+    }
+    model = make(LlamaConfig(**GROUPED, rope_parameters=rope))
+    assert context(model) == 24
+
+
+def test_memory_bounds_the_context_where_none_is_asked_for() -> None:
+    model = make(LlamaConfig(**GROUPED))
+    per_token = 2 * 2 * 2 * 8 * 4
+    assert context_of(model, positions=64, asked=None, rows=4, memory_bytes=4 * per_token * 20) == 20
+
+
+def test_models_that_take_no_positions_are_refused() -> None:
+    with pytest.raises(BaseModelError, match="BloomForCausalLM takes no position_ids"):
+        context(make(BloomConfig(vocab_size=90, hidden_size=32, n_layer=1, n_head=4)))
+
+
+def test_models_that_flatten_their_rows_are_refused_by_measurement() -> None:
+    model = make(OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32))
+    with pytest.raises(BaseModelError, match="adapters cannot be mixed there"), torch.inference_mode():
+        probe(Decoder(model, Mixer(model)))
+
+
+def test_encoder_decoders_are_refused() -> None:
+    config = T5Config(vocab_size=90, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    with pytest.raises(BaseModelError, match="encoder-decoder"):
+        context(AutoModelForSeq2SeqLM.from_config(config))
+
+
+@torch.inference_mode()
+def test_segments_and_stacks_add_the_same_deltas() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    mixer = Mixer(linear)
+    adapters = [AdapterWeights({"0": (torch.randn(rank, 6), torch.randn(rank, 5))}) for rank in (1, 3, 4)]
+    rows = [adapters[0], None, adapters[2], adapters[1], adapters[2], AdapterWeights({})]
+    x = torch.randn(6, 2, 6)
+    with mixer.running(Segments(rows)):
+        segmented = linear(x)
+    with mixer.running(StackedRows(rows, Stack([*adapters, rows[5]]), x.device)):  # type: ignore[list-item]
+        stacked = linear(x)
+    plain = linear(x)
+    torch.testing.assert_close(segmented, stacked)
+    torch.testing.assert_close(stacked[1], plain[1])
+    for n, row in enumerate(rows):
+        if row and row.layers:
+            a, b = row.layers["0"]
+            torch.testing.assert_close(stacked[n], plain[n] + x[n] @ a.T @ b)

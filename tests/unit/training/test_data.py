@@ -1,0 +1,107 @@
+"""Prepared data: once for the same inputs, anew for any other, and never half."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hone.base_model import BaseModel, find_base_model
+from hone.errors import DataError
+from hone.recipe import Recipe, parse_recipe
+from hone.storage import Home
+from training.data import TokenRows, load_tokenizer, prepare_data
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"what is {n}?", "completion": f"the number {n}"}) + "\n" for n in range(40)))
+    return path
+
+
+@pytest.fixture
+def base(llama: Path, home: Home) -> BaseModel:
+    return find_base_model(str(llama), home=home)
+
+
+def recipe(base: BaseModel, rows: Path, **data: Any) -> Recipe:
+    tree = {"name": "bot", "task": "chat", "base": str(base.folder), "data": {"train": str(rows), "validation_fraction": 0.25, **data}}
+    return parse_recipe(tree, where="test")
+
+
+def labelled(path: Path, *labels: str) -> Path:
+    path.write_text("".join(json.dumps({"text": f"row {n}", "label": label}) + "\n" for n, label in enumerate(labels)))
+    return path
+
+
+def test_the_targets_of_a_row_are_the_answers_tokens(base: BaseModel, rows: Path, home: Home) -> None:
+    prepared = prepare_data(recipe(base, rows), base, home=home)
+    assert (prepared.train_rows, prepared.validation_rows) == (30, 10)
+    tokens = TokenRows(prepared.train_file)
+    first = tokens.take(tokens.lengths[:1] * 0)[0]
+    said = load_tokenizer(base.folder).decode([token for token in first["labels"] if token >= 0])
+    assert said.startswith("the number ")
+    assert said.endswith("<|im_end|>")
+    assert tokens.n_targets[0] == sum(token >= 0 for token in first["labels"])
+
+
+def test_train_and_validation_share_no_row(base: BaseModel, rows: Path, home: Home) -> None:
+    prepared = prepare_data(recipe(base, rows), base, home=home)
+    train, validation = TokenRows(prepared.train_file), TokenRows(prepared.validation_file)
+    texts = [{tuple(r["input_ids"]) for r in part.take(part.lengths.argsort())} for part in (train, validation)]
+    assert len(texts[0] | texts[1]) == 40
+
+
+def test_the_same_inputs_are_prepared_once(base: BaseModel, rows: Path, home: Home) -> None:
+    first = prepare_data(recipe(base, rows), base, home=home)
+    made = first.train_file.stat().st_mtime_ns
+    assert prepare_data(recipe(base, rows), base, home=home) == first
+    assert first.train_file.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("change", ["byte", "setting"])
+def test_any_other_input_is_prepared_anew(base: BaseModel, rows: Path, home: Home, change: str) -> None:
+    first = prepare_data(recipe(base, rows), base, home=home)
+    if change == "byte":
+        rows.write_text(rows.read_text().replace("what is 7", "what is 8"))
+    second = prepare_data(recipe(base, rows, **({"max_length": 48} if change == "setting" else {})), base, home=home)
+    assert second.folder != first.folder
+
+
+def test_bad_rows_leave_nothing_behind(base: BaseModel, rows: Path, home: Home) -> None:
+    rows.write_text(rows.read_text() + "{\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:41: not valid JSON"):
+        prepare_data(recipe(base, rows), base, home=home)
+    assert not home.datasets.exists()
+
+
+def test_rows_cut_before_their_answer_are_counted_and_left_out(base: BaseModel, tmp_path: Path, home: Home) -> None:
+    rows = tmp_path / "long.jsonl"
+    short, long = {"prompt": "hi", "completion": "x"}, {"prompt": "the cat " * 60, "completion": "sat"}
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (short, long, short, short)))
+    prepared = prepare_data(recipe(base, rows, max_length=40, validation_fraction=0), base, home=home)
+    assert (prepared.train_rows, prepared.cut_rows, prepared.dropped_rows, prepared.validation_rows) == (3, 1, 1, 0)
+
+
+def test_a_file_with_nothing_left_to_learn_is_refused(base: BaseModel, tmp_path: Path, home: Home) -> None:
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"prompt": "the cat " * 60, "completion": "sat"}) + "\n")
+    with pytest.raises(DataError, match=r"no row has anything to learn within data\.max_length 40"):
+        prepare_data(recipe(base, rows, max_length=40, validation_fraction=0), base, home=home)
+    assert list(home.datasets.iterdir()) == []
+
+
+def test_classes_that_training_never_names_are_refused(bert: Path, tmp_path: Path, home: Home) -> None:
+    base = find_base_model(str(bert), home=home)
+    train, validation = labelled(tmp_path / "t.jsonl", "a", "b"), labelled(tmp_path / "v.jsonl", "a", "c")
+    chosen = recipe(base, train, validation=str(validation)).model_copy(update={"task": "text-classification"})
+    with pytest.raises(DataError, match="validation has classes that training never names: c; training names a, b"):
+        prepare_data(chosen, base, home=home)
+
+
+def test_one_class_is_not_enough(bert: Path, tmp_path: Path, home: Home) -> None:
+    base = find_base_model(str(bert), home=home)
+    chosen = recipe(base, labelled(tmp_path / "t.jsonl", *"aaaa")).model_copy(update={"task": "text-classification"})
+    with pytest.raises(DataError, match="name only one class, 'a'"):
+        prepare_data(chosen, base, home=home)
