@@ -42,9 +42,7 @@ class _Child:
         names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {name: signal.signal(name, self._stop) for name in names} | {signal.SIGTSTP: signal.signal(signal.SIGTSTP, self._pause)}
         try:
-            self._process = subprocess.Popen(
-                argv, env=environment, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_end_with_parent()
-            )
+            self._process = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=end_with_parent())
             if self._asked_at is not None:
                 self._process.send_signal(signal.SIGINT)
             return self._wait()
@@ -79,7 +77,7 @@ class _Child:
             self._process.send_signal(signal.SIGCONT)
 
 
-def _end_with_parent() -> Callable[[], None] | None:
+def end_with_parent() -> Callable[[], None] | None:
     """What the child does between fork and exec so that it gets SIGTERM should this process be killed (Linux only)."""
     if sys.platform != "linux":
         return None

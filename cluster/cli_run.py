@@ -31,7 +31,7 @@ def tune(recipe: RecipeFile, overrides: Overrides = None, home: HomeOption = Non
 
 def _run(path: Path, overrides: list[str], *, home: str | None, address: str | None, is_search: bool) -> None:
     from cluster.child import run_child
-    from cluster.connect import local_environment
+    from cluster.connect import local_environment, local_ray
     from cluster.entrypoint import training_argv
     from hone.ids import new_run_id
     from hone.recipe import load_recipe
@@ -45,7 +45,12 @@ def _run(path: Path, overrides: list[str], *, home: str | None, address: str | N
     run_id = new_run_id(recipe.name)
     argv = training_argv(path, overrides, is_search=is_search, home=place.root, run_id=run_id, address=address)
     is_local = not (address or os.environ.get("RAY_ADDRESS"))
-    code = run_child(argv, environment=local_environment() if is_local else {})
+    if is_local and is_search:
+        # A trial that was stopped gives back its CPUs through Ray's dashboard, which a Ray inside the child would not have.
+        with local_ray() as ray:
+            code = run_child(argv, environment=ray.environment)
+    else:
+        code = run_child(argv, environment=local_environment() if is_local else {})
     if code in (130, 143):
         left = f"; what it wrote is in {place.runs / run_id}" if (place.runs / run_id).is_dir() else ""
         notes().print(f"hone: stopped{left}; the same command starts it again", markup=False)

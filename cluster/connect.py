@@ -87,7 +87,7 @@ def local_ray(*, min_cpus: int = 2) -> Iterator[LocalRay]:
     try:
         started = _started(process, folder)
         environment["RAY_ADDRESS"] = started["address"]
-        ray = LocalRay(started["address"], f"http://{started['dashboard']}", folder, environment, process)
+        ray = LocalRay(started["address"], started["dashboard"], folder, environment, process)
         yield ray
     finally:
         if ray is None or not ray.is_kept:

@@ -1,7 +1,9 @@
 """Jobs on a cluster: submit, follow, list, stop. The store keeps what is known of each, also when its cluster is gone."""
 
 import asyncio
+import logging
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,10 @@ STATUS = {"PENDING": "submitted", "RUNNING": "running", "SUCCEEDED": "succeeded"
 POLL_S = 0.5
 STOP_TIMEOUT_S = 60.0
 LIST_TIMEOUT_S = 3.0
+AGENT_TIMEOUT_S = 60.0
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Loggers that tell of every upload and every closed connection."""
+NO_AGENT = "No available agent"
 NEEDS_HOME = "is not set on this cluster, so what the job makes would be lost; set it there or give hone submit --cluster-home"
 
 
@@ -95,16 +101,16 @@ def submit(
     is_here = dashboard.is_on_this_machine()
     home_there = cluster_home or (str(home.root) if is_here else None)
     run_id = new_run_id(recipe.name)
-    entrypoint = _entrypoint(recipe_path.relative_to(folder), overrides, is_search=is_search, home=home_there, run_id=run_id)
+    python = sys.executable if is_here else "python"
+    argv = training_argv(recipe_path.relative_to(folder), overrides, is_search=is_search, home=home_there, run_id=run_id, python=(python,))
+    # Without a home of ours the cluster's has to be set: the default would be in the job's working directory, which Ray deletes.
+    entrypoint = ("" if home_there else f': "${{HONE_HOME:?{NEEDS_HOME}}}" && ') + shlex.join(argv)
     with closing(Store(home.store_url)) as store, tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch, "job.zip")
         packed = pack(folder, archive, home=home.root)
         store.add_job(run_id, kind=_kind(is_search), recipe=str(recipe_path), status="submitted", address=dashboard.address)
-        runtime_env = {"working_dir": str(archive)}
         try:
-            _client(dashboard).submit_job(
-                entrypoint=entrypoint, submission_id=run_id, runtime_env=runtime_env, metadata={"hone": _kind(is_search)}
-            )
+            _submit_job(dashboard, entrypoint=entrypoint, run_id=run_id, archive=archive, kind=_kind(is_search))
         except (RuntimeError, OSError) as error:
             reason = f"{dashboard.address}: the cluster did not take the job: {str(error).strip().splitlines()[-1]}"
             store.move_job(run_id, "failed", message=reason)
@@ -229,17 +235,27 @@ def log_of(state: JobState, *, home: Home) -> str:
     return str(Dashboard(state.address).get(f"/api/jobs/{state.id}/logs")["logs"])
 
 
-def _entrypoint(recipe: Path, overrides: Sequence[str], *, is_search: bool, home: str | None, run_id: str) -> str:
-    """The job's shell line. Without a home of ours the cluster's HONE_HOME has to be set: a default would be below the job's own
-    working directory, which Ray deletes."""
-    argv = training_argv(recipe, overrides, is_search=is_search, home=home, run_id=run_id, python=("python",))
-    guard = "" if home else f': "${{HONE_HOME:?{NEEDS_HOME}}}" && '
-    return guard + shlex.join(argv)
+def _submit_job(dashboard: Dashboard, *, entrypoint: str, run_id: str, archive: Path, kind: str) -> None:
+    """Hand the job to Ray, again while its head is up and the agent that starts jobs is not yet."""
+    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            _client(dashboard).submit_job(
+                entrypoint=entrypoint, submission_id=run_id, runtime_env={"working_dir": str(archive)}, metadata={"hone": kind}
+            )
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
+        else:
+            return
 
 
 def _client(dashboard: Dashboard) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     return JobSubmissionClient(dashboard.address, headers=dashboard.headers)
 
 

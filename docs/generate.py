@@ -37,7 +37,7 @@ def cli_page() -> str:
 
 def _section(path: str, model: type[BaseModel]) -> list[str]:
     title = f"## `{path}`" if path else "## Top level"
-    rows = [f"| `{name}` | {_default(field)} | {' '.join((field.description or '').split())} |" for name, field in model.model_fields.items()]
+    rows = [f"| `{name}` | {_default(field)} | {_line(field.description)} |" for name, field in model.model_fields.items()]
     parts = [title, inspect.getdoc(model) or "", "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])]
     for name, field in model.model_fields.items():
         for inner in _models(field.annotation):
@@ -65,11 +65,15 @@ def _command(name: str, command: Any, parts: list[str]) -> None:
         return
     parts.append(f"## `{name}`")
     parts.append(inspect.cleandoc(command.help or ""))
-    rows = [f"| `{_spelling(p)}` | {' '.join((getattr(p, 'help', None) or '').split())} |" for p in command.params if p.name != "help"]
+    rows = [f"| `{_spelling(p)}` | {_line(getattr(p, 'help', None))} |" for p in command.params if p.name != "help"]
     if rows and not getattr(command, "commands", None):
         parts.append("\n".join(["| argument | meaning |", "| --- | --- |", *rows]))
     for child_name, child in getattr(command, "commands", {}).items():
         _command(f"{name} {child_name}", child, parts)
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _spelling(parameter: Any) -> str:

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 
+from transformers.utils import logging
+
 from hone.base_model import BaseModel, find_base_model
 from hone.chat import encode_prompt
 from hone.errors import DataError, RegistryError
@@ -49,6 +51,9 @@ class Replica:
         Raises:
             BaseModelError: the base is not there, or cannot be served.
         """
+        # In a replica's log, the report of a head that adapters bring reads like a fault, and a progress bar like a hundred lines.
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         opened = Home(home)
         registry = Registry(opened)
         found = find_base_model(base, home=opened, revision=revision)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from serving.errors import EngineError
 
 STACK_AT_MOST = 24
-"""Adapters in one stack. Past this the masked products cost more than running each adapter on its own rows (shared/notes/serving.md)."""
+"""Adapters in one stack. Past this the masked products cost more than running each adapter on its own rows (docs/decisions/0005)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class StackedRows:
         low = x @ a.T
         if foreign is not None:
             # Filled rather than multiplied: an overflow in one row's product must not reach another row as inf * 0.
-            low = low * ~(foreign if low.dim() == 3 else foreign[:, 0])
+            low = low.masked_fill(foreign if low.dim() == 3 else foreign[:, 0], 0)
         return out.add_(low @ b)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 HALF = "�"
 LONGEST_HALF = 3
-"""A UTF-8 character is at most four bytes, so an unfinished one shows as at most three replacement characters."""
+"""A UTF-8 character is at most four bytes, so an unfinished one is at most three tokens and three replacement characters."""
 
 
 class TextStream:
@@ -31,7 +31,10 @@ class TextStream:
         self._ids.append(token)
         window = self._decode(self._context)
         run = len(window) - len(window.rstrip(HALF))
-        settled = len(window) - min(run, LONGEST_HALF)
+        # A run of replacement characters may still turn into text, and not only its end: decoders with byte fallback take back a good
+        # character while the one after it is unfinished. Once more tokens than a character has have come, it is no text.
+        may_resolve = len(self._ids) - self._read <= LONGEST_HALF
+        settled = len(window) - (run if may_resolve else min(run, LONGEST_HALF))
         fresh = window[self._sent : settled]
         self._sent = max(self._sent, settled)
         if run == 0:

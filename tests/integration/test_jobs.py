@@ -89,7 +89,7 @@ def test_a_submitted_recipe_is_followed_to_its_published_adapter(hone: Hone, ray
 
 def test_a_job_that_fails_exits_1_with_its_own_reason(hone: Hone, ray: LocalRay) -> None:
     done = hone("submit", "recipe.yaml", "data.train=nowhere.jsonl", "--address", ray.dashboard)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stdout + done.stderr
     assert "nowhere.jsonl: no such data file" in done.stdout
     job = listed(hone, done.stderr.split()[1])
     assert job["status"] == "failed"

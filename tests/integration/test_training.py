@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 import yaml
 from safetensors import safe_open
 
@@ -23,7 +24,7 @@ from hone.registry import Registry
 from hone.storage import Home
 from hone.store import Store
 from training.__main__ import main
-from training.check import difference
+from training.check import TOLERANCE, difference
 from training.job import Job
 from training.launch import fit, prepare_job
 from training.metrics import read_metrics
@@ -55,15 +56,13 @@ def recipe(base: Path, rows: Path, **sections: Any) -> Recipe:
     return parse_recipe(tree(base, rows, **sections), where="test")
 
 
-def run(folder: Path, content: dict[str, Any], home: Home, *flags: str) -> int:
-    """The command in this process, on the module's Ray."""
+def run(folder: Path, content: dict[str, Any], home: Home, *flags: str, environment: dict[str, str] | None = None) -> int:
+    """The command, on the module's Ray; with an `environment`, on a Ray of its own, whose workers inherit it."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
-    address = ray.get_runtime_context().gcs_address
-    done = subprocess.run(
-        [sys.executable, "-m", "training", str(path), "--home", str(home.root), "--address", address, *flags], check=False, timeout=300
-    )
-    return done.returncode
+    address = [] if environment else ["--address", ray.get_runtime_context().gcs_address]
+    argv = [sys.executable, "-m", "training", str(path), "--home", str(home.root), *address, *flags]
+    return subprocess.run(argv, check=False, timeout=300, env={**os.environ, **(environment or {})}).returncode
 
 
 @pytest.mark.parametrize(("method", "stage"), [("lora", 3), ("full", 3), ("full", 2)])
@@ -91,6 +90,26 @@ def test_what_is_published_answers_as_it_did_in_training(
     assert (job.status, job.result) == ("succeeded", "bot@1")
 
 
+@pytest.mark.parametrize(("method", "stage"), [("lora", 2), ("full", 3)])
+def test_bf16_and_recomputed_activations_learn_as_fp32_does(llama: Path, rows: Path, home: Home, method: str, stage: int) -> None:
+    sections: dict[str, Any] = {"method": {"type": method}, "zero": {"stage": stage}}
+    exact = prepare_job(recipe(llama, rows, **sections), home=home, run_id="fp32")
+    rough = prepare_job(
+        recipe(llama, rows, train={"precision": "bf16", "gradient_checkpointing": True}, **sections), home=home, run_id="bf16"
+    )
+    losses = [[m["loss"] for m in read_metrics(job.folder) if "loss" in m] for job in (exact, rough) if fit(job)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert difference(rough) < TOLERANCE[torch.bfloat16]
+
+
+def test_no_op_is_compiled(llama: Path, rows: Path, home: Home, tmp_path: Path) -> None:
+    empty = tmp_path / "extensions"
+    empty.mkdir()
+    environment = {"TORCH_EXTENSIONS_DIR": str(empty), "CC": "/bin/false", "CXX": "/bin/false"}
+    assert run(tmp_path, tree(llama, rows), home, environment=environment) == 0
+    assert list(empty.rglob("*")) == []
+
+
 def test_a_damaged_export_is_noticed(llama: Path, rows: Path, home: Home) -> None:
     job = prepare_job(recipe(llama, rows), home=home, run_id="r1")
     fit(job)
@@ -101,7 +120,8 @@ def test_a_damaged_export_is_noticed(llama: Path, rows: Path, home: Home) -> Non
 
 
 def test_a_killed_worker_repeats_nothing_and_skips_nothing(llama: Path, rows: Path, home: Home) -> None:
-    chosen = recipe(llama, rows, train={"max_steps": 60, "num_train_epochs": 20, "save_steps": 5, "eval_steps": 60}, method={"lora_dropout": 0.1})
+    train = {"max_steps": 60, "num_train_epochs": 20, "save_steps": 5, "eval_steps": 60}
+    chosen = recipe(llama, rows, train=train, method={"lora_dropout": 0.1})
     undisturbed = prepare_job(chosen, home=home, run_id="undisturbed")
     fit(undisturbed)
     disturbed = prepare_job(chosen, home=home, run_id="disturbed")

@@ -8,6 +8,7 @@ import torch
 
 from serving.base import Engine, Served
 from serving.engine.generation import Ended, Event, Generation, Row, make_chooser
+from serving.engine.lora import Stack, StackedRows
 from serving.engine.text import TextStream
 from serving.errors import EngineError
 from serving.loading import AdapterLoader
@@ -198,22 +199,45 @@ def test_answers_may_fill_the_whole_context(generation: Generation, everyone: di
     assert tokens_of(full) == reference(chat_shelf, "narrow", ids, end_ids=frozenset(), tokens=tokens)
 
 
-def test_numbers_that_overflow_fail_their_own_row_alone(generation: Generation, everyone: dict[str, Served], chat_shelf: Shelf) -> None:
+@pytest.mark.parametrize(("a_times", "b_times"), [(1.0, 1e38), (1e38, 1.0)])
+def test_numbers_that_overflow_fail_their_own_row_alone(
+    generation: Generation, everyone: dict[str, Served], chat_shelf: Shelf, a_times: float, b_times: float
+) -> None:
     ids = prompt(Random(6), 8)
-    good = [row(everyone["wide"], ids, ends=False), row(everyone["base"], ids, ends=False)]
-    bad = row(everyone["wide"], ids, ends=False)
     weights = everyone["wide"].weights
     assert weights is not None
-    bad.adapter = type(weights)({name: (a, b * 1e38) for name, (a, b) in weights.layers.items()})
+    wild = type(weights)({name: (a * a_times, b * b_times) for name, (a, b) in weights.layers.items()})
+    good = [row(everyone["wide"], ids, ends=False), row(everyone["base"], ids, ends=False)]
+    bad = row(everyone["wide"], ids, ends=False)
+    bad.adapter = wild
     heard = recorder(bad)
     generation.add([good[0], bad, good[1]])
     run(generation)
     assert isinstance(heard.events[-1], EngineError)
-    later = row(everyone["narrow"], ids, ends=False)
-    generation.add([row(everyone["base"], ids), later, row(everyone["base"], ids)])
+    # Shorter prompts in the slot of a failed row, beside a longer one: what it left behind is masked and still read.
+    alone = row(everyone["wide"], ids * 3, ends=False)
+    alone.adapter = wild
+    generation.add([alone])
     run(generation)
-    for name, served_row in (("wide", good[0]), ("base", good[1]), ("narrow", later)):
-        assert tokens_of(served_row) == reference(chat_shelf, name, ids, end_ids=frozenset()), name
+    later = [row(everyone["narrow"], ids[:length], ends=False) for length in (2, 3, 3, 8)]
+    generation.add(later)
+    run(generation)
+    for name, served_row in (("wide", good[0]), ("base", good[1]), *(("narrow", each) for each in later)):
+        assert tokens_of(served_row) == reference(chat_shelf, name, list(served_row.prompt), end_ids=frozenset()), name
+
+
+def test_an_overflow_in_the_middle_of_an_answer_stays_in_its_row(everyone: dict[str, Served]) -> None:
+    """Decode runs all adapters through one stack: another row's infinities must not come back as inf * 0."""
+    weights = everyone["wide"].weights
+    other = everyone["narrow"].weights
+    assert weights is not None
+    assert other is not None
+    wild = type(weights)({name: (a * 1e38, b) for name, (a, b) in weights.layers.items()})
+    name = next(iter(other.layers))
+    x = torch.full((2, 1, weights.layers[name][0].shape[1]), 30.0)
+    out = StackedRows([wild, other], Stack([wild, other]), x.device).add(name, x, torch.zeros(2, 1, weights.layers[name][1].shape[1]))
+    assert not out[0].isfinite().all()
+    assert out[1].isfinite().all()
 
 
 def test_a_stop_string_ends_the_text_before_it(generation: Generation, everyone: dict[str, Served]) -> None:

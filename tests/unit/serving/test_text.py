@@ -68,3 +68,18 @@ def test_what_only_begins_like_a_stop_string_is_given_out_in_the_end(tokenizer: 
     assert "".join(given) == "the river"
     assert not stream.stopped
     assert given[-1], "the possible beginning is held until the end"
+
+
+class ByteFallback:
+    """Decodes as SentencePiece tokenizers do: one bad byte makes every byte of its run a replacement character."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return "�" * len(ids)
+
+
+def test_text_that_a_decoder_takes_back_is_not_given_out_twice() -> None:
+    given, _ = pieces(ByteFallback(), list("é🎉日a".encode()))
+    assert "".join(given) == "é🎉日a"

@@ -1,0 +1,35 @@
+"""The metrics file: whole lines, rank 0 alone, and nothing of what a lost worker wrote past its checkpoint."""
+
+from pathlib import Path
+
+from training.launch import final_metrics
+from training.metrics import MetricsFile, read_metrics
+
+
+def test_a_resumed_run_drops_what_was_written_past_its_checkpoint(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path, rank=0, keep_steps=0, total_steps=9)
+    for step in range(1, 6):
+        first.write({"step": step, "loss": 1.0 / step})
+    resumed = MetricsFile(tmp_path, rank=0, keep_steps=3, total_steps=9)
+    resumed.write({"step": 4, "loss": 0.5})
+    resumed.close()
+    assert [m["step"] for m in read_metrics(tmp_path) if "loss" in m] == [1, 2, 3, 4]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    MetricsFile(tmp_path, rank=1, keep_steps=0, total_steps=9).write({"step": 1})
+    assert read_metrics(tmp_path) == []
+
+
+def test_half_a_line_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_final_metrics_hold_the_first_and_the_last_validation(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, rank=0, keep_steps=0, total_steps=2)
+    for line in ({"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}):
+        metrics.write(line)
+    metrics.close()
+    final = final_metrics(tmp_path)
+    assert (final["base_eval_loss"], final["eval_loss"], final["loss"]) == (3.0, 1.5, 1.0)
