@@ -175,14 +175,14 @@ def _recipe(base: str) -> dict[str, Any]:
         "base": base,
         "data": {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": 256},
         "method": {"type": "lora", "r": 8, "lora_alpha": 16},
-        "optim": {"learning_rate": 1e-3},
-        "train": {"max_steps": 60, "global_batch_size": 16, "micro_batch_size": 8, "eval_steps": 20, "seed": SEED},
+        "optim": {"learning_rate": 3e-3},
+        "train": {"max_steps": 80, "global_batch_size": 16, "micro_batch_size": 8, "eval_steps": 20, "seed": SEED},
         "zero": {"stage": 2},
         "scaling": {"num_workers": 2},
         "search": {
             "num_samples": 3,
             "space": {
-                "optim.learning_rate": {"type": "loguniform", "lower": 1e-3, "upper": 1e-2},
+                "optim.learning_rate": {"type": "loguniform", "lower": 2e-3, "upper": 2e-2},
                 "method.r": {"type": "choice", "categories": [8, 16, 32]},
             },
         },

@@ -19,12 +19,14 @@ import time
 from pathlib import Path
 
 from cluster.child import end_with_parent
-from cluster.connect import STOP_TIMEOUT_S, processes_in_session
+from cluster.connect import processes_in_session
 from cluster.dashboard import Dashboard
 from hone.errors import ResourceError
 
 DASHBOARD_PORT = 8265
 POLL_S = 0.1
+GRACE_S = 4.0
+"""Ray alone ends within 2 s; with a Serve application on it, it would wait 20 s for replicas that nobody calls any more."""
 
 
 def main() -> None:
@@ -40,19 +42,19 @@ def main() -> None:
         stdout=sys.stderr,
         preexec_fn=end_with_parent(),
     )
-    is_kept = False
+    is_up = False
     try:
         _wait_until_up(dashboard, ray)
+        is_up = True
         sys.stdout.write(json.dumps({"address": address, "dashboard": dashboard}) + "\n")
         sys.stdout.flush()
         threading.Thread(target=_end_with, args=(ray,), daemon=True).start()
-        is_kept = any(line == "keep\n" for line in sys.stdin)
-        if is_kept:
+        if any(line == "keep\n" for line in sys.stdin):
             ray.wait()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _stop(ray)
-        if is_kept:
+        if is_up:  # else whoever started this reads there why not
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -87,7 +89,7 @@ def _stop(ray: subprocess.Popen[bytes]) -> None:
     """End `ray start`, which ends what it started, and then whatever is left of this session."""
     ray.terminate()
     try:
-        ray.wait(STOP_TIMEOUT_S)
+        ray.wait(GRACE_S)
     except subprocess.TimeoutExpired:
         ray.kill()
     while left := set(processes_in_session(os.getsid(0))) - {os.getpid()}:

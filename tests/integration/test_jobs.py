@@ -119,6 +119,23 @@ def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(hone: Hone, ray: LocalRa
     assert hone("jobs", "stop", job_id).stdout.startswith(f"{job_id}: stopped")
 
 
+def test_the_plain_ray_way_works_too(ray: LocalRay, folder: Path, tmp_path: Path) -> None:
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", ray.dashboard, "--working-dir", str(folder)]
+    # `python` is the cluster's own; this head was not started from an activated environment.
+    path = json.dumps({"env_vars": {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}})
+    entrypoint = ["python", "-m", "training", "recipe.yaml", "--home", str(tmp_path / "home")]
+    done = subprocess.run(
+        [*submit, "--runtime-env-json", path, "--", *entrypoint],
+        env=environment(ray),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "published sent@1" in done.stdout
+
+
 def test_once_the_head_is_killed_the_last_known_state_is_what_is_said(hone: Hone, ray: LocalRay) -> None:
     """Last in this file: it ends the head that the other tests use."""
     job_id = hone(
