@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         home = Home(args.home)
         home.ready()
         run_id = args.run_id or new_run_id(recipe.name)
-        with _recorded(home, run_id, args) as store, _ray(args.address):
+        with _recorded(home, run_id, args) as store, _ray(args.address, is_search=args.search):
             result = _run(recipe, home=home, run_id=run_id, is_search=args.search, console=console)
             store.move_job(run_id, "succeeded", message=result["adapter"] or "")
     except HoneError as error:
@@ -100,18 +101,14 @@ def _recorded(home: Home, run_id: str, args: argparse.Namespace) -> Iterator[Sto
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
+def _ray(address: str | None, *, is_search: bool) -> Iterator[None]:
     """A connection to the cluster at `address` or $RAY_ADDRESS, or a Ray of our own on this machine that ends with the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default here, said so that it need not warn of it
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # keeps 127.0.0.1 as this node's address (docs/decisions/0004)
+    options = _own_ray(is_search=is_search) if address == "local" else {}
     import ray
 
-    options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="warning", configure_logging=True, **options)
+        ray.init(address=address, log_to_driver=False, logging_level="warning", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunFailedError(f"cannot reach Ray at {address}: {str(error).splitlines()[0]}") from error
     signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put its own in place, which exits without a word
@@ -119,6 +116,22 @@ def _ray(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _own_ray(*, is_search: bool) -> dict[str, Any]:
+    """Environment and options for a Ray of our own: on 127.0.0.1 alone, by token (docs/decisions/0004).
+
+    A search needs the dashboard's API and needs its workers to know the address: what frees the CPUs of a trial that ASHA has stopped is
+    an actor of Ray Train that asks the API whether the trial's controller lives, and without an answer it waits for ever.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ |= {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    return {"include_dashboard": is_search, "_node_ip_address": "127.0.0.1"}
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

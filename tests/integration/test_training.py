@@ -155,13 +155,16 @@ def test_a_mistake_on_a_worker_ends_the_run_at_once_with_its_reason(llama: Path,
 
 
 def test_a_search_publishes_its_best_trial_with_its_place_in_the_lineage(llama: Path, rows: Path, home: Home, tmp_path: Path) -> None:
-    search = {"num_samples": 1, "space": {"optim.learning_rate": {"type": "grid_search", "values": [1e-5, 5e-3]}}}
-    code = run(tmp_path, tree(llama, rows, search=search, scaling={"num_workers": 1}), home, "--search", "--run-id", "s1")
-    assert code == 0
+    """On a Ray of its own with two CPUs' worth of workers a trial: each has to give its CPUs back when ASHA stops it."""
+    search = {"num_samples": 1, "space": {"optim.learning_rate": {"type": "grid_search", "values": [5e-3, 1e-6, 1e-5]}}}
+    content = tree(llama, rows, search=search, scaling={"num_workers": 2})
+    assert run(tmp_path, content, home, "--search", "--run-id", "s1", environment={"OMP_NUM_THREADS": "1"}) == 0
+    trials = [json.loads(path.read_text()) for path in (home.runs / "s1" / "trials").glob("*/trial.json")]
+    assert sorted(trial["finished"] for trial in trials) == [False, False, True]
     manifest = Registry(home).resolve("bot")
     assert manifest.lineage.trial is not None
     assert manifest.lineage.trial["values"] == {"optim.learning_rate": 5e-3}
-    assert manifest.lineage.trial["of"] == 2
+    assert manifest.lineage.trial["of"] == 3
     assert json.loads((Registry(home).path(manifest.ref) / "recipe.json").read_text())["optim"]["learning_rate"] == 5e-3
 
 

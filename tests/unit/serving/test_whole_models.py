@@ -44,9 +44,7 @@ async def test_a_whole_classifier_answers_with_its_own_head(bert: Path, home: Ho
     names = dict(enumerate(LABELS))
     numbers = {name: n for n, name in names.items()}
     torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        bert, num_labels=3, id2label=names, label2id=numbers
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3, id2label=names, label2id=numbers)
     model.save_pretrained(tmp_path / "whole")
     tokenizer = AutoTokenizer.from_pretrained(bert)
     tokenizer.save_pretrained(tmp_path / "whole")
