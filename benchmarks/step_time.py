@@ -20,14 +20,14 @@ from benchmarks.harness import interleave, ratios, save, summary
 from hone.recipe import parse_recipe
 from hone.storage import Home
 
-STEPS = 60
-WARM_UP = 15
+STEPS = 40
+WARM_UP = 10
 
 
 def main() -> None:
     """Measure, or (`--fit FOLDER`) be one of the measured processes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--fit", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

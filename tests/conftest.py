@@ -1,6 +1,7 @@
 """Fixtures that every test may use: small models made once, a home of one's own, a local Ray shared by a session."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# A job in a shell's background starts with SIGINT ignored, and so would every command that a test starts and then interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

