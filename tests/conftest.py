@@ -12,13 +12,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# A job in a shell's background starts with SIGINT ignored, and so would every command that a test starts and then interrupts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 
 from hone.storage import Home
 from tests.tiny import make_bert, make_llama
+
+# A job in a shell's background starts with SIGINT ignored, and so would every command that a test starts and then interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
