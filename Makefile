@@ -46,7 +46,7 @@ test-unit: install  ## Fast tests, no cluster
 	$(BIN)/python -m pytest tests/unit tests/k8s tests/docs
 
 test-integration: install  ## Real Ray, real workers, real HTTP
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/integration --durations=12
 
 k8s-check: install  ## Manifests and cluster launcher files against their schemas
 	$(BIN)/python -m pytest tests/k8s
