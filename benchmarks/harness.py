@@ -60,6 +60,12 @@ def save(name: str, *, unit: str, figures: Mapping[str, Any], notes: Mapping[str
     return path
 
 
+def last_figures(name: str) -> dict[str, Any]:
+    """The figures of the result of that name, where there is one."""
+    path = RESULTS / f"{name}.json"
+    return dict(json.loads(path.read_text())["figures"]) if path.exists() else {}
+
+
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

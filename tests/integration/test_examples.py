@@ -38,4 +38,4 @@ def test_02_classify_learns_from_a_csv_on_a_pretrained_encoder(home: Home) -> No
     train("02-classify", f"base={Path(package.origin).parent / 'model'}", home=home)
     manifest = Registry(home).resolve("mood")
     assert manifest.labels == ["angry", "happy", "neutral"]
-    assert manifest.metrics["eval_accuracy"] > 0.5
+    assert manifest.metrics["loss"] < 0.6, "three classes guessed are 1.1"
