@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hone.base_model import BaseModel
 from hone.chat import ensure_template
@@ -32,7 +33,7 @@ class TokenRows:
     def __init__(self, path: Path) -> None:
         self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         ids = self._table["input_ids"]
-        self.lengths: Rows = np.asarray(pa.compute.list_value_length(ids), dtype=np.int64)
+        self.lengths: Rows = np.asarray(pc.list_value_length(ids), dtype=np.int64)
         """Tokens of each row."""
         self.n_targets: Rows = np.asarray(self._table["n_targets"], dtype=np.int64)
         """What the loss averages over, for each row."""
