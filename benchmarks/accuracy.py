@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "full"}, "optim": {"learning_rate": 5e-5}},
     "lora": {
         "method": {"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["query", "key", "value", "dense"]},
-        "optim": {"learning_rate": 1e-3, "max_grad_norm": 0},
+        "optim": {"learning_rate": 1e-3},
     },
 }
 
