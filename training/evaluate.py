@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from training.batches import evaluation_batches
 from training.data import TokenRows
+from training.forward import make_batch, sum_over_workers
 from training.job import Job
 from training.tasks import Task
 from training.worker import Worker
@@ -17,16 +17,10 @@ def evaluate(engine: Any, rows: TokenRows, task: Task, job: Job, worker: Worker)
     """`eval_loss` (mean cross entropy over targets) and `eval_<accuracy_name>`, the same on every rank."""
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64)
-    pad_token_id = job.data.pad_token_id
     batch_size = 2 * job.recipe.train.micro_batch_size  # no gradients to hold
     for portion in evaluation_batches(rows.lengths, rank=worker.rank, world_size=worker.world_size, batch_size=batch_size):
-        # A rank without rows still takes part, because sharded weights are gathered by all.
-        taken = rows.take(portion) if len(portion) else [{"input_ids": [pad_token_id] * 2, "labels": [-100, -100]}]
-        batch = {name: tensor.to(engine.device) for name, tensor in task.collate(taken, pad_token_id=pad_token_id).items()}
+        batch = make_batch(rows, portion, task, pad_token_id=job.data.pad_token_id, device=engine.device)
         loss, correct = task.loss(engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)
         totals += torch.stack([loss, correct, loss.new_tensor(rows.n_targets[portion].sum())]).to(totals)
-    if worker.world_size > 1:
-        totals = totals.to(engine.device)
-        dist.all_reduce(totals)
-    loss_sum, right, n_targets = totals.tolist()
+    loss_sum, right, n_targets = sum_over_workers(totals, device=engine.device, worker=worker).tolist()
     return {"eval_loss": loss_sum / n_targets, f"eval_{task.accuracy_name}": right / n_targets}

@@ -2,17 +2,16 @@
 
 import math
 import time
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from hone.recipe import Recipe
-from training.batches import BatchPlan, Rows, deal
+from training.batches import BatchPlan, deal
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import TokenRows
 from training.evaluate import evaluate
 from training.export import export
+from training.forward import make_batch, sum_over_workers
 from training.job import Job
 from training.metrics import MetricsFile
 from training.model import build_model, choose_dtype
@@ -58,14 +57,14 @@ def train(job: Job, worker: Worker) -> None:
         engine.train()
         totals = torch.zeros(2, dtype=torch.float64)  # summed loss, right answers
         for portion in portions:
-            batch = _batch(rows, portion, task, job, device)
+            batch = make_batch(rows, portion, task, pad_token_id=job.data.pad_token_id, device=device)
             loss, correct = task.loss(engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)
             # DeepSpeed averages gradients over workers; together with this factor that makes the mean over the global batch's targets.
             engine.backward(loss * (worker.world_size / n_targets), scale_wrt_gas=False)
             engine.step()
             totals += torch.stack([loss.detach(), correct]).to(totals)
 
-        totals = _sum_over_workers(totals, device, worker)
+        totals = sum_over_workers(totals, device=device, worker=worker)
         done = step + 1
         metrics.write(
             {
@@ -101,19 +100,6 @@ def batch_plan(recipe: Recipe, n_rows: int) -> BatchPlan:
         max_steps=recipe.train.max_steps,
         seed=recipe.train.seed,
     )
-
-
-def _batch(rows: TokenRows, portion: Rows, task: Any, job: Job, device: torch.device) -> dict[str, torch.Tensor]:
-    """Tensors of one forward pass. An empty portion becomes one row that counts for nothing: ZeRO's collectives need every rank there."""
-    taken = rows.take(portion) if len(portion) else [{"input_ids": [job.data.pad_token_id] * 2, "labels": [-100, -100]}]
-    return {name: tensor.to(device) for name, tensor in task.collate(taken, pad_token_id=job.data.pad_token_id).items()}
-
-
-def _sum_over_workers(totals: torch.Tensor, device: torch.device, worker: Worker) -> torch.Tensor:
-    if worker.world_size > 1:
-        totals = totals.to(device)
-        dist.all_reduce(totals)
-    return totals
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
