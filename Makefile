@@ -1,5 +1,5 @@
 PYTHON ?= python3
-# On a host with NVIDIA GPUs: make install TORCH=torch (see README, "On GPUs").
+# What pip installs first; on a host with NVIDIA GPUs see README, "On GPUs".
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,8 +51,9 @@ test-integration: install  ## Real Ray, real workers, real HTTP
 k8s-check: install  ## Manifests and cluster launcher files against their schemas
 	$(BIN)/python -m pytest tests/k8s
 
-bench: install  ## Measure step time under Ray Train against torchrun, and accuracy on real data
+bench: install  ## Measure step time against torchrun, a new version's first answer, and accuracy on real data
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.new_version
 	$(BIN)/python -m benchmarks.accuracy
 
 bench-tables: install  ## Write the figures of benchmarks/results into README.md

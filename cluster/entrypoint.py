@@ -1,6 +1,5 @@
 """The command line of `python -m training`, which is all that this room knows of training."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,3 @@ def training_argv(
         if value is not None:
             options += [name, str(value)]
     return [*python, "-m", MODULE, str(recipe), *overrides, *options]
-
-
-def shell_line(argv: Sequence[str]) -> str:
-    """The same as one line for a shell, which is how Ray Jobs takes it."""
-    return shlex.join(argv)

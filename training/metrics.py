@@ -4,6 +4,7 @@ Step metrics go here and not through `ray.train.report`, which blocks for a heal
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,29 @@ class MetricsFile:
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+class MetricsFollower:
+    """Reads the file as it grows."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / METRICS_FILE
+        self._inode = 0
+        self._offset = 0
+
+    def new_lines(self) -> tuple[list[dict[str, Any]], bool]:
+        """Whole lines since the last call, and whether they begin anew, as a restarted run's do: it drops what a lost worker wrote."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                is_new = status.st_ino != self._inode or status.st_size < self._offset
+                self._inode, self._offset = status.st_ino, 0 if is_new else self._offset
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return [], False
+        self._offset += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines()], is_new
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from training.metrics import read_metrics
+from training.metrics import MetricsFollower
 
 POLL_S = 0.25
 LOG_EVERY_S = 10.0
@@ -65,21 +65,19 @@ class _Follower:
     """One run's bar."""
 
     def __init__(self, folder: Path, label: str, bars: Progress, console: Console) -> None:
-        self._folder, self._label, self._bars, self._console = folder, label, bars, console
+        self._lines = MetricsFollower(folder)
+        self._label, self._bars, self._console = label, bars, console
         self._bar: TaskID = bars.add_task(label, total=None, figures="starting workers")
         self._recent: deque[dict[str, Any]] = deque(maxlen=SPEED_OVER_STEPS)
         self._total = 0
-        self._read = 0
         self._next_log = 0.0
 
     def show_new(self) -> None:
-        lines = read_metrics(self._folder)
-        if len(lines) < self._read:  # a restarted run dropped what a lost worker had written
-            self._read = 0
+        lines, is_new = self._lines.new_lines()
+        if is_new:
             self._recent.clear()
-        for line in lines[self._read :]:
+        for line in lines:
             self._show(line)
-        self._read = len(lines)
 
     def _show(self, line: dict[str, Any]) -> None:
         if "total_steps" in line:

@@ -1,7 +1,6 @@
 """The server as its users meet it: Ray Serve on a localhost port, driven by OpenAI's own client and by plain HTTP."""
 
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from ray import serve
 from hone.registry import Registry
 from hone.storage import Home
 from serving.app import ServeArgs, build
-from tests.serving_fixtures import greedy_alone, publish, reload_peft
+from tests.serving_fixtures import free_port, greedy_alone, publish, reload_peft
 
 USER: Any = [{"role": "user", "content": "hello there, why does it rain?"}]
 LABELS = {"tone": ["angry", "calm"], "topic": ["art", "news", "sport"]}
@@ -60,12 +59,6 @@ class Server:
 
     def status(self) -> dict[str, Any]:
         return dict(self.http("GET", "/healthz")[2])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(true: Callable[[], bool], *, seconds: float = 30) -> bool:

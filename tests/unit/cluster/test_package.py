@@ -8,7 +8,7 @@ import pytest
 
 from cluster.connect import auth_token
 from cluster.dashboard import checked_address
-from cluster.entrypoint import shell_line, training_argv
+from cluster.entrypoint import training_argv
 from cluster.package import check_paths_travel, pack
 from hone.errors import RecipeError, ResourceError
 
@@ -51,9 +51,9 @@ def test_paths_inside_travel_absolute_ones_stay_and_others_are_refused(tmp_path:
     assert check_paths_travel(recipe, ["base=../base", "data.validation=v.jsonl"], tmp_path) == []
 
 
-def test_the_entrypoint_is_one_shell_line_with_everything_quoted() -> None:
+def test_the_command_line_has_one_word_for_each_argument() -> None:
     argv = training_argv("a b.yaml", ["name=x; rm -rf y"], is_search=True, run_id="r-1", python=("python",))
-    assert shell_line(argv) == "python -m training 'a b.yaml' 'name=x; rm -rf y' --search --run-id r-1"
+    assert argv == ["python", "-m", "training", "a b.yaml", "name=x; rm -rf y", "--search", "--run-id", "r-1"]
 
 
 def test_a_dashboard_address_is_http_and_may_leave_that_out() -> None:

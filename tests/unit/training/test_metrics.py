@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from training.launch import final_metrics
-from training.metrics import MetricsFile, read_metrics
+from training.metrics import MetricsFile, MetricsFollower, read_metrics
 
 
 def test_a_resumed_run_drops_what_was_written_past_its_checkpoint(tmp_path: Path) -> None:
@@ -33,3 +33,21 @@ def test_final_metrics_hold_the_first_and_the_last_validation(tmp_path: Path) ->
     metrics.close()
     final = final_metrics(tmp_path)
     assert (final["base_eval_loss"], final["eval_loss"], final["loss"]) == (3.0, 1.5, 1.0)
+
+
+def test_a_follower_gives_each_whole_line_once_and_begins_anew_after_a_restart(tmp_path: Path) -> None:
+    follower = MetricsFollower(tmp_path)
+    assert follower.new_lines() == ([], False)
+    first = MetricsFile(tmp_path, rank=0, keep_steps=0, total_steps=4)
+    first.write({"step": 1, "loss": 2.0})
+    assert follower.new_lines() == ([{"step": 0, "total_steps": 4}, {"step": 1, "loss": 2.0}], True)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+        file.flush()
+        assert follower.new_lines() == ([], False)
+        file.write('ss": 1.0}\n')
+    assert follower.new_lines() == ([{"step": 2, "loss": 1.0}], False)
+    first.close()
+    MetricsFile(tmp_path, rank=0, keep_steps=1, total_steps=4).close()
+    lines, is_new = follower.new_lines()
+    assert ([line["step"] for line in lines], is_new) == ([0, 1, 1], True)
