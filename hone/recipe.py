@@ -96,7 +96,11 @@ class TrainSettings(Settings):
     global_batch_size: int = Field(default=32, ge=1)
     """Rows per optimiser step over all workers, the same at any number of workers."""
     micro_batch_size: int = Field(default=8, ge=1)
-    """Most rows of one forward pass on one worker; gradient accumulation makes up the rest."""
+    """Most rows of one forward pass on one worker; gradient accumulation makes up the rest. Packed: as many tokens as so many of the
+    longest rows have."""
+    packing: bool = True
+    """Lay rows end to end instead of padding them to one length, where task and model allow it. No token attends to another row's, and
+    losses are the same; only the time differs."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Steps between validations; by default once an epoch. There is always one before the first step and one at the end."""
     save_steps: int | None = Field(default=None, ge=1)

@@ -4,6 +4,8 @@ The order is a function of (seed, epoch) alone: a step's rows are the same at an
 exactly the rows it has not seen.
 """
 
+import bisect
+import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ class BatchPlan:
 
 
 def deal(rows: Rows, lengths: Rows, *, rank: int, world_size: int, micro_batches: int) -> list[Rows]:
-    """One worker's share of `rows`, as `micro_batches` portions of like length.
+    """One worker's share of `rows`, as `micro_batches` portions of like length, to be padded.
 
     Rows are dealt longest first, so workers get equal work and little is padding. Some portions are empty where there are too few rows;
     every worker still makes the same number of forward passes, as sharded weights require.
@@ -50,12 +52,66 @@ def deal(rows: Rows, lengths: Rows, *, rank: int, world_size: int, micro_batches
         rows: Row numbers, over all workers.
         lengths: Tokens of each row of the data set.
     """
-    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    by_length = _longest_first(rows, lengths)
     return [np.asarray(part, dtype=np.int64) for part in np.array_split(by_length[rank::world_size], micro_batches)]
 
 
+def deal_packed(rows: Rows, lengths: Rows, *, rank: int, world_size: int, capacity: int) -> list[Rows]:
+    """One worker's share of `rows`, as portions of at most `capacity` tokens, to be packed; every worker gets the same number of them.
+
+    Longest first, each row goes where the fewest tokens are, so that all portions of all workers are alike; where that does not fit, into
+    the fullest portion that still has room (best fit); where that does not either, there is one more portion a worker.
+
+    Raises:
+        ValueError: a row is longer than the capacity.
+    """
+    by_length = _longest_first(rows, lengths)
+    sizes = lengths[by_length].tolist()
+    if sizes and sizes[0] > capacity:
+        raise ValueError(f"a row of {sizes[0]} tokens does not fit into {capacity}")
+    portions = max(1, math.ceil(sum(sizes) / (capacity * world_size)))
+    while True:
+        for fit in (_level, _best):
+            places = fit(sizes, portions * world_size, capacity)
+            if places is not None:
+                # Dealt in turn, so that no worker has all the longest ones.
+                return [by_length[np.asarray(places) == portion * world_size + rank] for portion in range(portions)]
+        portions += 1
+
+
 def evaluation_batches(lengths: Rows, *, rank: int, world_size: int, batch_size: int) -> Iterator[Rows]:
-    """One worker's share of a whole data set, in batches of like length; every worker gets the same number of them."""
+    """One worker's share of a whole data set, in batches of like length, to be padded; every worker gets the same number of them."""
     share = math.ceil(len(lengths) / world_size)
     batches = math.ceil(share / batch_size)
     yield from deal(np.arange(len(lengths)), lengths, rank=rank, world_size=world_size, micro_batches=batches)
+
+
+def _longest_first(rows: Rows, lengths: Rows) -> Rows:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
+
+
+def _level(sizes: list[int], portions: int, capacity: int) -> list[int] | None:
+    """The portion of each row, always the one with the fewest tokens; None where that is more than it holds."""
+    loads = [(0, portion) for portion in range(portions)]
+    places = []
+    for size in sizes:
+        load, portion = heapq.heappop(loads)
+        if load + size > capacity:
+            return None
+        heapq.heappush(loads, (load + size, portion))
+        places.append(portion)
+    return places
+
+
+def _best(sizes: list[int], portions: int, capacity: int) -> list[int] | None:
+    """The portion of each row, always the fullest that has room; None where none has."""
+    room = [(capacity, portion) for portion in range(portions)]  # sorted
+    places = []
+    for size in sizes:
+        at = bisect.bisect_left(room, (size, -1))
+        if at == len(room):
+            return None
+        left, portion = room.pop(at)
+        bisect.insort(room, (left - size, portion))
+        places.append(portion)
+    return places

@@ -34,8 +34,10 @@ def difference(job: Job) -> float:
 
         model = PeftModel.from_pretrained(model, str(job.export_folder), autocast_adapter_dtype=False)
     model = model.to(device, dtype).eval()
-    batch = {name: golden[name].to(device) for name in ("input_ids", "attention_mask")}
-    answered = task.outputs(model(**batch).logits, batch).float().cpu()
+    each = zip(golden["input_ids"], golden["attention_mask"], strict=True)
+    rows = [{"input_ids": ids[mask.bool()], "labels": ids[:0]} for ids, mask in each]
+    batch = task.collate(rows, pad_token_id=job.data.pad_token_id, packed=False)
+    answered = task.outputs(model, {name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
     spread = golden["logits"].std(-1, keepdim=True).clamp_min(1e-6)
     return float(((answered - golden["logits"]) / spread).abs().max())
 

@@ -31,7 +31,7 @@ class TokenRows:
     """Tokenised rows, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
         ids = self._table["input_ids"]
         self.lengths: Rows = np.asarray(pc.list_value_length(ids), dtype=np.int64)
         """Tokens of each row."""
@@ -42,9 +42,9 @@ class TokenRows:
         return int(self._table.num_rows)
 
     def take(self, rows: Rows) -> list[dict[str, Any]]:
-        """Rows by number: input_ids and labels."""
-        taken: list[dict[str, Any]] = self._table.select(["input_ids", "labels"]).take(rows).to_pylist()
-        return taken
+        """Rows by number: input_ids and labels, as arrays over the file itself."""
+        columns = {name: self._table[name] for name in ("input_ids", "labels")}
+        return [{name: column[int(n)].values.to_numpy() for name, column in columns.items()} for n in rows]
 
 
 def load_tokenizer(folder: Path) -> Any:

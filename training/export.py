@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from hone.errors import RunFailedError
 from training.data import TokenRows
+from training.forward import Batcher
 from training.job import Job
 from training.model import gathered
-from training.tasks import Task
+from training.tasks.task import pad
 from training.worker import Worker
 
 GOLDEN_FILE = "golden.safetensors"
@@ -17,21 +19,21 @@ GOLDEN_ROWS = 4
 GOLDEN_TOKENS = 256
 
 
-def export(engine: Any, job: Job, task: Task, rows: TokenRows, worker: Worker) -> None:
+def export(engine: Any, job: Job, batcher: Batcher, rows: TokenRows, worker: Worker) -> None:
     """Gather what trained and let rank 0 write it to `job.export_folder`. Every rank takes part.
 
     Raises:
         RunFailedError: a tensor came out empty (a naive save under ZeRO-3: https://github.com/huggingface/peft/issues/2450).
     """
-    golden = _golden_outputs(engine, job, task, rows)
-    state = _gathered_state(engine.module, sharded=job.recipe.zero.stage == 3, keep=worker.rank == 0)
+    golden = _golden_outputs(engine, job, batcher, rows)
+    state = _gathered_state(engine.module.model, sharded=job.recipe.zero.stage == 3, keep=worker.rank == 0)
     if worker.rank:
         return
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise RunFailedError(f"{len(empty)} of {len(state)} trained tensors are empty ({empty[0]}, ...); nothing was published")
     job.export_folder.mkdir(exist_ok=True)
-    engine.module.save_pretrained(job.export_folder, state_dict=state, **_peft_options(job))
+    engine.module.model.save_pretrained(job.export_folder, state_dict=state, **_peft_options(job))
     save_file(golden, job.export_folder / GOLDEN_FILE)
 
 
@@ -55,16 +57,9 @@ def _gathered_state(module: Any, *, sharded: bool, keep: bool) -> dict[str, torc
 
 
 @torch.no_grad()
-def _golden_outputs(engine: Any, job: Job, task: Task, rows: TokenRows) -> dict[str, torch.Tensor]:
+def _golden_outputs(engine: Any, job: Job, batcher: Batcher, rows: TokenRows) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask [rows, length], logits [rows, outputs] of a few rows, as the trained model answers now."""
     engine.eval()
-    taken = rows.take(torch.arange(min(GOLDEN_ROWS, len(rows))).numpy())
-    cut = [{name: values[:GOLDEN_TOKENS] for name, values in row.items()} for row in taken]
-    batch = {name: tensor.to(engine.device) for name, tensor in task.collate(cut, pad_token_id=job.data.pad_token_id).items()}
-    logits = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    outputs = task.outputs(logits, batch).float()
-    return {
-        "input_ids": batch["input_ids"].cpu(),
-        "attention_mask": batch["attention_mask"].cpu(),
-        "logits": outputs.cpu().contiguous(),
-    }
+    taken = [{name: row[name][:GOLDEN_TOKENS] for name in row} for row in rows.take(np.arange(min(GOLDEN_ROWS, len(rows))))]
+    outputs = engine(batcher.batch(taken), wants_outputs=True)
+    return {**pad(taken, job.data.pad_token_id), "logits": outputs.float().cpu().contiguous()}

@@ -1,17 +1,16 @@
 """What every worker runs, top to bottom: model, DeepSpeed, steps, validation, checkpoints, export."""
 
-import math
 import time
 
 import torch
 
 from hone.recipe import Recipe
-from training.batches import BatchPlan, deal
+from training.batches import BatchPlan
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import TokenRows
 from training.evaluate import evaluate
 from training.export import export
-from training.forward import make_batch, sum_over_workers
+from training.forward import Batcher, TaskModule, choose_packing, sum_over_workers
 from training.job import Job
 from training.metrics import MetricsFile
 from training.model import build_model, choose_dtype
@@ -30,25 +29,28 @@ def train(job: Job, worker: Worker) -> None:
 
     rows, validation = TokenRows(job.data.train_file), TokenRows(job.data.validation_file)
     plan = batch_plan(recipe, len(rows))
-    micro_batches = math.ceil(recipe.train.global_batch_size / worker.world_size / recipe.train.micro_batch_size)
     eval_steps = recipe.train.eval_steps or plan.steps_per_epoch
     save_steps = recipe.train.save_steps or eval_steps
 
-    config = deepspeed_config(recipe, gradient_accumulation_steps=micro_batches, dtype=dtype)
+    config = deepspeed_config(recipe, dtype=dtype)
     with sharded_loading(config):
         model = build_model(job, dtype=dtype, sharded=recipe.zero.stage == 3)
+    packed = choose_packing(model, task, recipe.train)
+    batcher = Batcher(task, recipe.train, worker, packed=packed, pad_token_id=job.data.pad_token_id, device=device)
     optimizer = make_optimizer(model, recipe.optim)
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=TaskModule(model, task), optimizer=optimizer, config=config, dist_init_required=False
+    )
 
     first_step = load_checkpoint(engine, worker)
     metrics = MetricsFile(job.folder, rank=worker.rank, keep_steps=first_step, total_steps=plan.total_steps)
     if first_step == 0 and len(validation):
-        metrics.write({"step": 0, **evaluate(engine, validation, task, job, worker)})
+        metrics.write({"step": 0, **evaluate(engine, validation, task, batcher, worker)})
 
     for step in range(first_step, plan.total_steps):
         began = time.perf_counter()
         batch_rows = plan.rows(step)
-        portions = deal(batch_rows, rows.lengths, rank=worker.rank, world_size=worker.world_size, micro_batches=micro_batches)
+        portions = batcher.portions(batch_rows, rows.lengths)
         n_targets = int(rows.n_targets[batch_rows].sum())
         torch.manual_seed(_step_seed(recipe.train.seed, step, worker.rank))
         lr = learning_rate(step, plan.total_steps, recipe.optim)
@@ -56,13 +58,13 @@ def train(job: Job, worker: Worker) -> None:
 
         engine.train()
         totals = torch.zeros(2, dtype=torch.float64)  # summed loss, right answers
-        for portion in portions:
-            batch = make_batch(rows, portion, task, pad_token_id=job.data.pad_token_id, device=device)
-            loss, correct = task.loss(engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)
+        for n, batch in enumerate(batcher.batches(rows, portions), start=1):
+            engine.set_gradient_accumulation_boundary(n == len(portions))
+            loss, right = engine(batch)
             # DeepSpeed averages gradients over workers; together with this factor that makes the mean over the global batch's targets.
             engine.backward(loss * (worker.world_size / n_targets), scale_wrt_gas=False)
-            engine.step()
-            totals += torch.stack([loss.detach(), correct]).to(totals)
+            totals += torch.stack([loss.detach(), right]).to(totals)
+        engine.step()
 
         totals = sum_over_workers(totals, device=device, worker=worker)
         done = step + 1
@@ -79,7 +81,7 @@ def train(job: Job, worker: Worker) -> None:
             }
         )
         is_last = done == plan.total_steps
-        measured = evaluate(engine, validation, task, job, worker) if len(validation) and (is_last or done % eval_steps == 0) else {}
+        measured = evaluate(engine, validation, task, batcher, worker) if len(validation) and (is_last or done % eval_steps == 0) else {}
         if measured:
             metrics.write({"step": done, **measured})
         if not is_last and done % save_steps == 0:
@@ -87,7 +89,7 @@ def train(job: Job, worker: Worker) -> None:
         elif measured:
             worker.report({"step": done, **measured})
 
-    export(engine, job, task, validation if len(validation) else rows, worker)
+    export(engine, job, batcher, validation if len(validation) else rows, worker)
     metrics.close()
 
 

@@ -10,11 +10,14 @@ import torch
 from hone.recipe import Recipe
 
 
-def deepspeed_config(recipe: Recipe, *, gradient_accumulation_steps: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize` (https://www.deepspeed.ai/docs/config-json/)."""
+def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize` (https://www.deepspeed.ai/docs/config-json/).
+
+    Batch sizes in it are for its log only: the loop says itself where a step ends, since packed steps differ in their forward passes.
+    """
     return {
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "zero_optimization": {"stage": recipe.zero.stage},

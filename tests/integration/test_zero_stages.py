@@ -69,8 +69,8 @@ def plain_losses(chosen: Recipe, home: Home, job: Any) -> list[float]:
     for step in range(plan.total_steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, plan.total_steps, chosen.optim)
-        batch = task.collate(rows.take(plan.rows(step)), pad_token_id=prepared.pad_token_id)
-        total, _ = task.loss(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)
+        batch = task.collate(rows.take(plan.rows(step)), pad_token_id=prepared.pad_token_id, packed=False)
+        total, _ = task.loss(model, batch)
         loss = total / int(rows.n_targets[plan.rows(step)].sum())
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], chosen.optim.max_grad_norm)

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from hone.base_model import BaseModel
 from hone.chat import encode_chat
 from hone.errors import BaseModelError
 from hone.records import Row
-from training.tasks.task import Batch, Encoded, pad
-
-IGNORED = -100
+from training.tasks import causal
+from training.tasks.task import Batch, Encoded, TokenRow
 
 
 class Chat:
@@ -22,6 +20,7 @@ class Chat:
     name: ClassVar[str] = "chat"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     accuracy_name: ClassVar[str] = "token_accuracy"
+    can_be_packed: ClassVar[bool] = True
 
     def check_base(self, base: BaseModel) -> None:
         if not base.is_decoder:
@@ -35,8 +34,8 @@ class Chat:
         chat = encode_chat(tokenizer, row["messages"])
         ids, targets = chat.input_ids[:max_length], chat.is_target[:max_length]
         # The first token has nothing before it to be predicted from.
-        marked = [token if wanted and n else IGNORED for n, (token, wanted) in enumerate(zip(ids, targets, strict=True))]
-        return Encoded(ids, marked, sum(label != IGNORED for label in marked)), len(chat.input_ids) > max_length
+        marked = [token if wanted and n else causal.IGNORED for n, (token, wanted) in enumerate(zip(ids, targets, strict=True))]
+        return Encoded(ids, marked, sum(label != causal.IGNORED for label in marked)), len(chat.input_ids) > max_length
 
     def model_class(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -56,15 +55,11 @@ class Chat:
     def head_modules(self, model: Any) -> list[str] | None:  # noqa: ARG002
         return None
 
-    def outputs(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        last = batch["attention_mask"].sum(1) - 1
-        return logits[torch.arange(len(last)), last]
+    def collate(self, rows: Sequence[TokenRow], *, pad_token_id: int, packed: bool) -> Batch:
+        return causal.collate(rows, pad_token_id=pad_token_id, packed=packed)
 
-    def collate(self, rows: Sequence[dict[str, Any]], *, pad_token_id: int) -> Batch:
-        return {**pad(rows, pad_token_id), "labels": pad(rows, IGNORED, "labels")["labels"]}
+    def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return causal.loss(model, batch)
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = batch["labels"][:, 1:]
-        is_target = labels != IGNORED
-        predicted, wanted = logits[:, :-1][is_target].float(), labels[is_target]
-        return cross_entropy(predicted, wanted, reduction="sum"), (predicted.argmax(-1) == wanted).sum()
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        return causal.logits_at(model, batch, batch["last"])

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from hone.base_model import BaseModel
 from hone.records import Row
 
 Batch = dict[str, torch.Tensor]
+TokenRow = dict[str, Any]
+"""One row of a data set, as integer arrays or lists: `input_ids` and `labels`."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Task(Protocol):
     peft_task_type: ClassVar[str]
     accuracy_name: ClassVar[str]
     """What the share of right answers is called in the metrics."""
+    can_be_packed: ClassVar[bool]
+    """Whether rows may stand end to end in one sequence."""
 
     def check_base(self, base: BaseModel) -> None:
         """Raise BaseModelError where the base cannot do this task."""
@@ -48,20 +53,21 @@ class Task(Protocol):
     def head_modules(self, model: Any) -> list[str] | None:
         """Names of the modules that start fresh, and so train and are saved whole beside LoRA weights."""
 
-    def outputs(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What a served answer depends on, one vector per row: [rows, outputs]."""
+    def collate(self, rows: Sequence[TokenRow], *, pad_token_id: int, packed: bool) -> Batch:
+        """Tensors of one forward pass: the model's inputs, padded to [rows, length] or packed into [1, tokens], and its targets."""
 
-    def collate(self, rows: Sequence[dict[str, Any]], *, pad_token_id: int) -> Batch:
-        """Right-padded tensors: input_ids and attention_mask [rows, length] and labels."""
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross entropy over the targets, and how many of them were predicted right (both scalars)."""
 
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """What a served answer depends on, one vector per row: [rows, outputs]."""
 
-def pad(rows: Sequence[dict[str, Any]], value: int, column: str = "input_ids") -> Batch:
+
+def pad(rows: Sequence[TokenRow], value: int, column: str = "input_ids") -> Batch:
     """Right-pad one column to its longest row: {column, attention_mask}, each [rows, length] int64."""
-    length = max(len(row[column]) for row in rows)
+    values = [torch.as_tensor(row[column]).long() for row in rows]
+    present = [torch.ones_like(value) for value in values]
     return {
-        column: torch.tensor([[*row[column], *[value] * (length - len(row[column]))] for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row[column]) + [0] * (length - len(row[column])) for row in rows]),
+        column: pad_sequence(values, batch_first=True, padding_value=value),
+        "attention_mask": pad_sequence(present, batch_first=True),
     }

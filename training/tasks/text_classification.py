@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from hone.base_model import BaseModel
 from hone.errors import DataError
 from hone.records import Row
-from training.tasks.task import Batch, Encoded, pad
+from training.tasks.task import Batch, Encoded, TokenRow, pad
 
 HEADS = ("pre_classifier", "classifier", "score", "classification_head")
 """What transformers calls the parts of a sequence classification head, whatever the architecture."""
@@ -22,6 +22,7 @@ class TextClassification:
     name: ClassVar[str] = "text-classification"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     accuracy_name: ClassVar[str] = "accuracy"
+    can_be_packed: ClassVar[bool] = False
 
     def check_base(self, base: BaseModel) -> None:
         """Every base with a sequence-classification class in transformers will do; loading says if there is none."""
@@ -62,13 +63,14 @@ class TextClassification:
     def head_modules(self, model: Any) -> list[str] | None:
         return [name for name, _ in model.named_children() if name in HEADS]
 
-    def outputs(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:  # noqa: ARG002 - the protocol's signature
-        return logits
+    def collate(self, rows: Sequence[TokenRow], *, pad_token_id: int, packed: bool) -> Batch:  # noqa: ARG002 - the protocol's signature
+        return {**pad(rows, pad_token_id), "labels": torch.tensor([int(row["labels"][0]) for row in rows])}
 
-    def collate(self, rows: Sequence[dict[str, Any]], *, pad_token_id: int) -> Batch:
-        return {**pad(rows, pad_token_id), "labels": torch.tensor([row["labels"][0] for row in rows])}
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = batch["labels"]
+    def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        labels, logits = batch["labels"], self.outputs(model, batch)
         known = labels >= 0
         return cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels)[known].sum()
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits

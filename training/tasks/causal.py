@@ -1,0 +1,91 @@
+"""What the tasks of causal language models share: batches, packed or padded, and the loss at the targets alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from training.linear_cross_entropy import linear_cross_entropy
+from training.tasks.task import Batch, TokenRow, pad
+
+IGNORED = -100
+"""The label of a token that is not to be predicted, as transformers and torch write it."""
+
+
+def collate(rows: Sequence[TokenRow], *, pad_token_id: int, packed: bool) -> Batch:
+    """Tensors of one forward pass.
+
+    Returns:
+        `input_ids`, and beside them `position_ids` and `cu_seq_lens_q` (packed: all rows in one of [1, tokens]) or `attention_mask`
+        (padded on the right: [rows, length]); `targets` [targets] and `predicted_at` [targets], where in the flattened sequence the
+        token before each target stands; `last` [rows], where each row ends.
+    """
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    if packed:
+        ends = lengths.cumsum(0)
+        starts = ends - lengths
+        inputs = {
+            "input_ids": torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])[None].long(),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+            "cu_seq_lens_q": torch.cat([starts.new_zeros(1), ends]).int(),
+        }
+        labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows]).long()
+    else:
+        inputs = pad(rows, pad_token_id)
+        starts = torch.arange(len(rows)) * inputs["input_ids"].shape[1]
+        ends = starts + lengths
+        labels = pad(rows, IGNORED, "labels")["labels"].flatten()
+    at = (labels != IGNORED).nonzero()[:, 0]
+    return {**inputs, "targets": labels[at], "predicted_at": at - 1, "last": ends - 1}
+
+
+def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross entropy over the targets, and how many of them were predicted right."""
+    parts = split_head(model)
+    if parts is None:
+        logits = logits_at(model, batch, batch["predicted_at"]).float()
+        return cross_entropy(logits, batch["targets"], reduction="sum"), (logits.argmax(-1) == batch["targets"]).sum()
+    hidden = parts.backbone(**inputs_of(batch), use_cache=False).last_hidden_state.flatten(0, 1)
+    return linear_cross_entropy(hidden[batch["predicted_at"]], parts.head.weight, parts.head.bias, batch["targets"])
+
+
+def logits_at(model: Any, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+    """Logits at some places of the flattened sequence: [places, vocabulary]."""
+    if "cu_seq_lens_q" in batch:
+        logits: torch.Tensor = model(**inputs_of(batch), use_cache=False, logits_to_keep=places).logits[0]
+        return logits
+    padded: torch.Tensor = model(**inputs_of(batch), use_cache=False).logits
+    return padded.flatten(0, 1)[places]
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """What of a batch goes into the model."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q") if name in batch}
+
+
+@dataclass(frozen=True)
+class HeadAndBackbone:
+    """The two parts of a causal language model."""
+
+    backbone: Any
+    head: Any
+
+
+def split_head(model: Any) -> HeadAndBackbone | None:
+    """The model without its head, and the head, where the head is nothing but one linear layer; else None.
+
+    Some architectures cap or scale the logits after it (Gemma 2, Granite, Cohere). Under ZeRO-3 the head's weight is elsewhere until its
+    own forward pass gathers it.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head, backbone = causal.get_output_embeddings(), causal.base_model
+    config = causal.config.get_text_config()
+    changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS)
+    if backbone is causal or type(head) is not torch.nn.Linear or changed or hasattr(head.weight, "ds_id"):
+        return None
+    return HeadAndBackbone(backbone, head)
+
+
+LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "mup_width_multiplier")
