@@ -86,7 +86,8 @@ def _accuracy(model: Any, loader: Any) -> float:
 
 
 def _read(path: str) -> Any:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    with Path(path).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":
