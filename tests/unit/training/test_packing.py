@@ -124,7 +124,8 @@ def test_linear_cross_entropy_is_cross_entropy_chunk_by_chunk(trained: str, bias
     results = []
     for is_ours in (False, True):
         hidden, weight, offset = (None if p is None else p.clone().requires_grad_(trained == "all" or n == 0) for n, p in enumerate(parts))
-        assert hidden is not None and weight is not None
+        assert hidden is not None
+        assert weight is not None
         if is_ours:
             loss, right = linear_cross_entropy(hidden, weight, offset, targets)
         else:
