@@ -51,9 +51,8 @@ def check_paths_travel(recipe: Path, overrides: Sequence[str], folder: Path) -> 
     values: dict[str, Any] = {"base": tree.get("base"), **{f"data.{k}": v for k, v in (tree.get("data") or {}).items()}}
     values |= dict(parse_override(text) for text in overrides)
     staying = []
-    for key in PATH_KEYS:
-        value = values.get(key)
-        if not isinstance(value, str) or "://" in value:
+    for key, value in _paths(values):
+        if "://" in value:
             continue
         target = (recipe.parent / Path(value).expanduser()).resolve()
         is_path = key != "base" or value.startswith((".", "/", "~")) or target.is_dir()
@@ -66,6 +65,13 @@ def check_paths_travel(recipe: Path, overrides: Sequence[str], folder: Path) -> 
             )
         staying.append(f"{key} {value}")
     return staying
+
+
+def _paths(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every path that the recipe names, with its key."""
+    for key in PATH_KEYS:
+        value = values.get(key)
+        yield from ((key, path) for path in (value if isinstance(value, list) else [value]) if isinstance(path, str))
 
 
 def _files(folder: Path, home: Path) -> Iterator[Path]:

@@ -1,3 +1,3 @@
-"""The floor that every room stands on: recipe, records, registry, store. Imports no ray, torch, transformers or fastapi."""
+"""The floor that every room stands on: recipe, data files, registry, store. Imports no ray, torch, transformers or fastapi."""
 
 __version__ = "0.1.0"

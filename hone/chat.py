@@ -40,14 +40,16 @@ def ensure_template(tokenizer: Any) -> bool:
     return True
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-    """The conversation as the template writes it.
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None, add_generation_prompt: bool = False
+) -> str:
+    """The conversation as the template writes it, and the tools that it may call.
 
     Raises:
         DataError: the template refuses it (roles out of order, say).
     """
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt))
     except Exception as error:  # a template raises whatever its author chose
         raise DataError(f"the chat template refuses these messages: {error}") from None
 
@@ -58,19 +60,20 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> EncodedChat:
-    """Tokens of a whole conversation, with the assistant's own marked.
+def encode_chat(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None) -> EncodedChat:
+    """Tokens of a whole conversation, with the assistant's own marked; not those of a message whose `weight` is 0.
 
     The text is tokenised once, as it will be when served; a token counts as a target if it begins inside an assistant turn.
 
     Raises:
         DataError: the template rewrites earlier turns when later ones are added, so the assistant's text cannot be located.
     """
-    text = render(tokenizer, messages)
+    text = render(tokenizer, messages, tools=tools)
     spans = []
     for n, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start, end = render(tokenizer, messages[:n], add_generation_prompt=True), render(tokenizer, messages[: n + 1])
+        if message["role"] == "assistant" and message.get("weight", 1):
+            start = render(tokenizer, messages[:n], tools=tools, add_generation_prompt=True)
+            end = render(tokenizer, messages[: n + 1], tools=tools)
             if not (text.startswith(end) and end.startswith(start)):
                 raise DataError("the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart")
             spans.append((len(start), len(start) + len(end[len(start) :].rstrip("\n"))))

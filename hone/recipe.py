@@ -16,6 +16,8 @@ from hone.ids import NAME_PATTERN
 
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Source = Annotated[str, StringConstraints(min_length=1)]
+Sources = Source | Annotated[list[Source], Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -27,18 +29,19 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where the rows are and how they become tokens."""
 
-    train: str
-    """File of training rows: .jsonl, .csv, .tsv or .parquet."""
-    validation: str | None = None
-    """File of validation rows. Without one, `validation_fraction` of the training rows is held out."""
+    train: Sources
+    """Training rows: a file, a folder, a glob or an object store URI, or a list of them. JSON Lines, JSON, CSV, TSV, Parquet, Arrow or
+    text, also compressed; the format of the rows is recognised by their columns."""
+    validation: Sources | None = None
+    """Validation rows, likewise. Without any, `validation_fraction` of the training rows is held out."""
     validation_fraction: Fraction = 0.05
     """Share of the training rows held out when there is no validation file; 0 trains without validation."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens per row; longer rows are cut at the end, and the run says how many were."""
-    text_column: str = "text"
-    """Input column (text-classification)."""
-    label_column: str = "label"
-    """Class column (text-classification)."""
+    columns: dict[str, str] = {}
+    """Names of columns that are called otherwise in the files: {text: review, label: stars}."""
+    max_bad_fraction: Fraction = 0.0
+    """Share of the rows that may be bad; they are left out and counted. By default a single one stops the run before it starts."""
 
 
 class LoraMethod(Settings):
@@ -312,10 +315,13 @@ def recipe_schema() -> dict[str, Any]:
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     """Paths in the recipe, made absolute against the recipe's own folder. A base that is no folder there is a hub name."""
 
-    def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str((folder / Path(path).expanduser()).resolve())
+    def absolute(path: str) -> str:
+        return path if "://" in path else str((folder / Path(path).expanduser()).resolve())
 
-    data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "validation": absolute(recipe.data.validation)})
+    def all_absolute(sources: str | list[str] | None) -> str | list[str] | None:
+        return [absolute(path) for path in sources] if isinstance(sources, list) else sources and absolute(sources)
+
+    data = recipe.data.model_copy(update={"train": all_absolute(recipe.data.train), "validation": all_absolute(recipe.data.validation)})
     looks_local = recipe.base.startswith((".", "/", "~")) or (folder / recipe.base).is_dir()
     base = absolute(recipe.base) if looks_local else recipe.base
     return recipe.model_copy(update={"data": data, "base": base})

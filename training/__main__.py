@@ -72,7 +72,9 @@ def _run(recipe: Recipe, *, home: Home, run_id: str, is_search: bool, console: C
 
 
 def _say_what_was_prepared(data: Any, console: Console) -> None:
-    notes = [f"{data.train_rows:,} training rows, {data.validation_rows:,} validation rows"]
+    notes = [f"{' and '.join(data.formats)}: {data.train_rows:,} training rows, {data.validation_rows:,} validation rows"]
+    if data.bad_rows:
+        notes.append(f"{data.bad_rows:,} bad rows left out")
     if data.cut_rows:
         notes.append(f"{data.cut_rows:,} rows cut at data.max_length")
     if data.dropped_rows:

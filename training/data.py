@@ -3,7 +3,9 @@
 Every worker, epoch, trial and retry memory-maps the same two files.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ import pyarrow.compute as pc
 
 from hone.base_model import BaseModel
 from hone.chat import ensure_template
+from hone.data.files import DataFile, find_files
+from hone.data.formats import Row
+from hone.data.readers import sha256_of
+from hone.data.rows import BadRows, read_rows
 from hone.errors import DataError
 from hone.recipe import Recipe
-from hone.records import Row, read_rows
-from hone.storage import Home, digest_of, new_folder, sha256_file, write_text
+from hone.storage import Home, digest_of, new_folder, write_text
 from training.batches import Rows
 from training.job import PreparedData
 from training.tasks import TASKS, Task
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the same inputs would make different Arrow files."""
 SUMMARY_FILE = "prepared.json"
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("n_targets", pa.int32())])
@@ -65,52 +70,92 @@ def prepare_data(recipe: Recipe, base: BaseModel, *, home: Home) -> PreparedData
         DataError: bad files or rows, classes in validation that training never names, or no targets left within max_length.
     """
     task, data = TASKS[recipe.task], recipe.data
-    files = [Path(data.train), *([Path(data.validation)] if data.validation else [])]
+    files = {"train": find_files(data.train), "validation": find_files(data.validation) if data.validation else []}
     digest = digest_of(
         {
             "layout": LAYOUT,
             "task": recipe.task,
             "data": data.model_dump(exclude={"train", "validation"}),
-            "files": [sha256_file(f) if f.is_file() else None for f in files],
+            "files": {part: [_fingerprint(file) for file in each] for part, each in files.items()},
             "tokenizer": base.id.fingerprint,
             "seed": recipe.train.seed,
         }
     )
     folder = home.datasets / digest[:32]
     if not (folder / SUMMARY_FILE).exists():
-        train, validation = _read_split(recipe, task)
+        found = _read(recipe, task, files)
         with new_folder(folder) as staging:
-            _encode_all(recipe, task, base, train, validation, staging, digest)
+            _encode_all(recipe, task, base, found, staging, digest)
     summary = PreparedData.model_validate_json((folder / SUMMARY_FILE).read_bytes())
     return summary.model_copy(update={"folder": folder})
 
 
-def _read_split(recipe: Recipe, task: Task) -> tuple[list[Row], list[Row]]:
+@dataclass
+class _Found:
+    """Checked rows, and what is to be said of them."""
+
+    train: list[Row]
+    validation: list[Row]
+    formats: list[str]
+    bad_rows: int
+
+
+def _fingerprint(file: DataFile) -> list[str | None]:
+    """What of a file shapes its rows: every byte, what kind it is, and for a picture the folder that names its class."""
+    return [sha256_of(file), file.kind, file.class_folder]
+
+
+def _read(recipe: Recipe, task: Task, files: dict[str, list[DataFile]]) -> _Found:
+    """Every good row, split into training and validation.
+
+    Raises:
+        DataError: more bad rows than the recipe allows, or no good ones.
+    """
+    data, bad, formats = recipe.data, BadRows(), Counter[str]()
+    rows: dict[str, list[Row]] = {"train": [], "validation": []}
+    for part, each in files.items():
+        for read in read_rows(each, shape=task.shape, columns=data.columns):
+            if read.row is None or read.format is None:
+                bad.add(read)
+            else:
+                rows[part].append(read.row)
+                formats[read.format.name] += 1
+    if bad.count > data.max_bad_fraction * (bad.count + formats.total()):
+        raise DataError(bad.message())
+    for part, each in files.items():
+        if each and not rows[part]:
+            raise DataError(f"{each[0].name}{' and others' if len(each) > 1 else ''}: no rows")
+    train, validation = rows["train"], rows["validation"]
+    if not files["validation"] and data.validation_fraction:
+        train, validation = _held_out(recipe, train)
+    return _Found(train, validation, [name for name, _ in formats.most_common()], bad.count)
+
+
+def _held_out(recipe: Recipe, rows: list[Row]) -> tuple[list[Row], list[Row]]:
     data = recipe.data
-    rows = read_rows(data.train, task=task.name, data=data)
-    if data.validation:
-        return rows, read_rows(data.validation, task=task.name, data=data)
-    if not data.validation_fraction:
-        return rows, []
     held_out = round(len(rows) * data.validation_fraction)
     if not 0 < held_out < len(rows):
         raise DataError(
-            f"{data.train}: {len(rows)} rows are too few to hold out {data.validation_fraction:.0%}; "
+            f"{_named(data.train)}: {len(rows)} rows are too few to hold out {data.validation_fraction:.0%}; "
             "give data.validation a file, or set data.validation_fraction=0"
         )
     order = np.random.default_rng([recipe.train.seed, 1]).permutation(len(rows))
     return [rows[n] for n in sorted(order[held_out:])], [rows[n] for n in sorted(order[:held_out])]
 
 
-def _encode_all(recipe: Recipe, task: Task, base: BaseModel, train: list[Row], validation: list[Row], folder: Path, digest: str) -> None:
+def _named(sources: str | list[str]) -> str:
+    return sources if isinstance(sources, str) else ", ".join(sources)
+
+
+def _encode_all(recipe: Recipe, task: Task, base: BaseModel, found: _Found, folder: Path, digest: str) -> None:
     tokenizer = load_tokenizer(base.folder)
-    labels = task.find_labels(train)
-    _refuse_unknown_labels(recipe, labels, validation)
+    labels = task.find_labels(found.train)
+    _refuse_unknown_labels(recipe, labels, found.validation)
     max_length = min(recipe.data.max_length, base.max_context)
-    n_train, cut, dropped = _encode(task, tokenizer, train, folder / "train.arrow", max_length, labels)
+    n_train, cut, dropped = _encode(task, tokenizer, found.train, folder / "train.arrow", max_length, labels)
     if not n_train:
-        raise DataError(f"{recipe.data.train}: no row has anything to learn within data.max_length {max_length} tokens; raise it")
-    n_validation, _, _ = _encode(task, tokenizer, validation, folder / "validation.arrow", max_length, labels)
+        raise DataError(f"{_named(recipe.data.train)}: no row has anything to learn within data.max_length {max_length} tokens; raise it")
+    n_validation, _, _ = _encode(task, tokenizer, found.validation, folder / "validation.arrow", max_length, labels)
     summary = PreparedData(
         folder=folder,
         digest=digest,
@@ -120,6 +165,8 @@ def _encode_all(recipe: Recipe, task: Task, base: BaseModel, train: list[Row], v
         dropped_rows=dropped,
         pad_token_id=tokenizer.pad_token_id,
         labels=labels,
+        formats=found.formats,
+        bad_rows=found.bad_rows,
     )
     write_text(folder / SUMMARY_FILE, summary.model_dump_json(indent=2))
 
@@ -144,6 +191,6 @@ def _refuse_unknown_labels(recipe: Recipe, labels: list[str] | None, validation:
     unknown = sorted({row["label"] for row in validation} - set(labels))
     if unknown:
         raise DataError(
-            f"{recipe.data.validation or recipe.data.train}: validation has classes that training never names: {', '.join(unknown[:5])}; "
-            f"training names {', '.join(labels[:10])}"
+            f"{_named(recipe.data.validation or recipe.data.train)}: validation has classes that training never names: "
+            f"{', '.join(unknown[:5])}; training names {', '.join(labels[:10])}"
         )

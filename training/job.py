@@ -28,6 +28,10 @@ class PreparedData(BaseModel):
     """Training rows longer than max_length, cut at its end."""
     dropped_rows: int
     """Training rows with no target left within max_length."""
+    formats: list[str]
+    """How the rows were written, the commonest first."""
+    bad_rows: int
+    """Rows left out because something was wrong with them."""
     pad_token_id: int
     labels: list[str] | None = None
 

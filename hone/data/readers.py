@@ -3,10 +3,12 @@
 import bz2
 import csv
 import gzip
+import hashlib
 import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +40,19 @@ def read_raw(file: DataFile) -> Iterator[Numbered]:
     except (OSError, EOFError, ValueError) as error:
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"{file.name}: cannot be read as {file.kind} ({what}); was it cut short?") from None
+
+
+def sha256_of(file: DataFile) -> str:
+    """Hex SHA-256 of its bytes, as stored.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open_file(replace(file, compression=None)) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read ({error})") from None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def loaded_by(statement: str) -> set[str]:
     "statement",
     [
         "import hone",
-        "import hone.recipe, hone.records, hone.registry, hone.store, hone.base_model, hone.chat",
+        "import hone.recipe, hone.data.rows, hone.registry, hone.store, hone.base_model, hone.chat",
         "import cluster.cli",
         "import cluster.jobs, cluster.deploy, cluster.connect, cluster.doctor, cluster.demo, cluster.package, cluster.child",
     ],

@@ -8,8 +8,8 @@ import torch
 
 from hone.base_model import BaseModel
 from hone.chat import encode_chat
+from hone.data.formats import Row
 from hone.errors import BaseModelError
-from hone.records import Row
 from training.tasks import causal
 from training.tasks.task import Batch, Encoded, TokenRow
 
@@ -18,6 +18,7 @@ class Chat:
     """Loss on assistant tokens only, averaged over the tokens of the global batch."""
 
     name: ClassVar[str] = "chat"
+    shape: ClassVar[str] = "chat"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     accuracy_name: ClassVar[str] = "token_accuracy"
     can_be_packed: ClassVar[bool] = True
@@ -31,7 +32,7 @@ class Chat:
         return None
 
     def encode(self, row: Row, tokenizer: Any, *, max_length: int, labels: list[str] | None) -> tuple[Encoded, bool]:  # noqa: ARG002
-        chat = encode_chat(tokenizer, row["messages"])
+        chat = encode_chat(tokenizer, row["messages"], tools=row.get("tools"))
         ids, targets = chat.input_ids[:max_length], chat.is_target[:max_length]
         # The first token has nothing before it to be predicted from.
         marked = [token if wanted and n else causal.IGNORED for n, (token, wanted) in enumerate(zip(ids, targets, strict=True))]

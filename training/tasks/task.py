@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hone.base_model import BaseModel
-from hone.records import Row
+from hone.data.formats import Row
 
 Batch = dict[str, torch.Tensor]
 TokenRow = dict[str, Any]
@@ -29,6 +29,8 @@ class Task(Protocol):
     """What training needs to know about a task."""
 
     name: ClassVar[str]
+    shape: ClassVar[str]
+    """The shape of row that it learns from; see hone.data.formats."""
     peft_task_type: ClassVar[str]
     accuracy_name: ClassVar[str]
     """What the share of right answers is called in the metrics."""

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hone.base_model import BaseModel
+from hone.data.formats import Row
 from hone.errors import DataError
-from hone.records import Row
 from training.tasks.task import Batch, Encoded, TokenRow, pad
 
 HEADS = ("pre_classifier", "classifier", "score", "classification_head")
@@ -20,6 +20,7 @@ class TextClassification:
     """Cross entropy over the classes, averaged over the rows of the global batch."""
 
     name: ClassVar[str] = "text-classification"
+    shape: ClassVar[str] = "labelled-text"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     accuracy_name: ClassVar[str] = "accuracy"
     can_be_packed: ClassVar[bool] = False
@@ -28,6 +29,8 @@ class TextClassification:
         """Every base with a sequence-classification class in transformers will do; loading says if there is none."""
 
     def find_labels(self, rows: Sequence[Row]) -> list[str] | None:
+        if any("label" not in row for row in rows):
+            raise DataError("task text-classification learns one class a row, in the column 'label'; these rows have 'labels' or 'number'")
         labels = sorted({row["label"] for row in rows})
         if len(labels) < 2:
             raise DataError(f"the training rows name only one class, {labels[0]!r}; a classifier needs at least two")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hone.base_model import BaseModel, find_base_model
@@ -105,3 +106,34 @@ def test_one_class_is_not_enough(bert: Path, tmp_path: Path, home: Home) -> None
     chosen = recipe(base, labelled(tmp_path / "t.jsonl", *"aaaa")).model_copy(update={"task": "text-classification"})
     with pytest.raises(DataError, match="name only one class, 'a'"):
         prepare_data(chosen, base, home=home)
+
+
+def test_several_files_of_several_formats_are_one_data_set(base: BaseModel, rows: Path, tmp_path: Path, home: Home) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.csv").write_text("instruction,output\nsay one,one\nsay two,two\n")
+    prepared = prepare_data(recipe(base, rows, train=[str(rows), str(tmp_path / "more")], validation_fraction=0), base, home=home)
+    assert prepared.train_rows == 42
+    assert prepared.formats == ["prompt and completion", "Alpaca"]
+
+
+def test_bad_rows_are_left_out_only_where_the_recipe_allows_as_many(base: BaseModel, rows: Path, home: Home) -> None:
+    rows.write_text(rows.read_text() + "{\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:41: not valid JSON"):
+        prepare_data(recipe(base, rows, max_bad_fraction=0.02), base, home=home)
+    prepared = prepare_data(recipe(base, rows, max_bad_fraction=0.03), base, home=home)
+    assert (prepared.bad_rows, prepared.train_rows + prepared.validation_rows) == (1, 40)
+
+
+def test_an_assistants_message_of_weight_0_is_read_and_not_learnt(base: BaseModel, tmp_path: Path, home: Home) -> None:
+    turns = [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "not this", "weight": 0},
+        {"role": "user", "content": "second"},
+        {"role": "assistant", "content": "but this"},
+    ]
+    rows = tmp_path / "weights.jsonl"
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    prepared = prepare_data(recipe(base, rows, validation_fraction=0), base, home=home)
+    tokens, tokenizer = TokenRows(prepared.train_file).take(np.array([0]))[0], load_tokenizer(base.folder)
+    assert "not this" in tokenizer.decode(tokens["input_ids"])
+    assert tokenizer.decode([token for token in tokens["labels"] if token >= 0]).strip() == "but this<|im_end|>"
