@@ -13,6 +13,7 @@ import typer
 
 import hone
 from cluster.cli_adapters import adapters
+from cluster.cli_data import data
 from cluster.cli_jobs import jobs, submit
 from cluster.cli_recipe import recipe
 from cluster.cli_run import HomeOption, train, tune
@@ -26,6 +27,7 @@ app.command()(tune)
 app.command()(submit)
 app.add_typer(jobs, name="jobs")
 app.add_typer(adapters, name="adapters")
+app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 app.command()(serve)
 

@@ -17,6 +17,18 @@ from hone.ids import NAME_PATTERN
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Source = Annotated[str, StringConstraints(min_length=1)]
+FindingKind = Literal[
+    "leakage",
+    "near_leakage",
+    "exact_duplicates",
+    "near_duplicates",
+    "unknown_labels",
+    "one_label",
+    "email",
+    "phone",
+    "card",
+    "secret",
+]
 Sources = Source | Annotated[list[Source], Field(min_length=1)]
 
 
@@ -42,6 +54,12 @@ class DataSettings(Settings):
     """Names of columns that are called otherwise in the files: {text: review, label: stars}."""
     max_bad_fraction: Fraction = 0.0
     """Share of the rows that may be bad; they are left out and counted. By default a single one stops the run before it starts."""
+    stratify: bool = True
+    """Hold out the same share of each class, where rows have one."""
+    stop_on: list[FindingKind] = ["leakage"]
+    """Findings that stop the run before a worker is asked for; the others are told. See `hone data check`."""
+    near_duplicate_rows: int = Field(default=20_000, ge=0)
+    """Rows among which near duplicates are looked for, at about a third of a millisecond each; 0 for none."""
 
 
 class LoraMethod(Settings):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,28 @@ class Home:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader sees the old text or the new, never a part."""
+    _write_whole(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write lines in one step, without holding them all; how many there were."""
+    count = 0
+
+    def ended() -> Iterator[str]:
+        nonlocal count
+        for count, line in enumerate(lines, start=1):  # noqa: B007 - told to the caller
+            yield line + "\n"
+
+    _write_whole(path, ended())
+    return count
+
+
+def _write_whole(path: Path, parts: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)

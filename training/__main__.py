@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hone.data.report import MEANINGS
 from hone.errors import HoneError, RunFailedError
 from hone.ids import new_run_id
 from hone.recipe import Recipe, load_recipe
@@ -79,6 +80,7 @@ def _say_what_was_prepared(data: Any, console: Console) -> None:
         notes.append(f"{data.cut_rows:,} rows cut at data.max_length")
     if data.dropped_rows:
         notes.append(f"{data.dropped_rows:,} rows left out, with nothing to learn within data.max_length")
+    notes += [f"{count:,} {MEANINGS[kind]}" for kind, count in data.findings.items() if kind != "bad_rows"]
     console.print("; ".join(notes))
 
 

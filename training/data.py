@@ -3,7 +3,6 @@
 Every worker, epoch, trial and retry memory-maps the same two files.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,22 @@ from hone.base_model import BaseModel
 from hone.chat import ensure_template
 from hone.data.files import DataFile, find_files
 from hone.data.formats import Row
+from hone.data.gate import examine, row_digest
 from hone.data.readers import sha256_of
-from hone.data.rows import BadRows, read_rows
+from hone.data.report import MEANINGS, Report
+from hone.data.rows import BadRows, ReadRow, read_rows
 from hone.errors import DataError
 from hone.recipe import Recipe
 from hone.storage import Home, digest_of, new_folder, write_text
 from training.batches import Rows
 from training.job import PreparedData
+from training.split import held_out
 from training.tasks import TASKS, Task
 
 LAYOUT = 2
 """Raised whenever the same inputs would make different Arrow files."""
 SUMMARY_FILE = "prepared.json"
+REPORT_FILE = "report.json"
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("n_targets", pa.int32())])
 
 
@@ -96,8 +99,7 @@ class _Found:
 
     train: list[Row]
     validation: list[Row]
-    formats: list[str]
-    bad_rows: int
+    report: Report
 
 
 def _fingerprint(file: DataFile) -> list[str | None]:
@@ -109,38 +111,48 @@ def _read(recipe: Recipe, task: Task, files: dict[str, list[DataFile]]) -> _Foun
     """Every good row, split into training and validation.
 
     Raises:
-        DataError: more bad rows than the recipe allows, or no good ones.
+        DataError: more bad rows than the recipe allows, none that are good, or a finding that the recipe stops at.
     """
-    data, bad, formats = recipe.data, BadRows(), Counter[str]()
-    rows: dict[str, list[Row]] = {"train": [], "validation": []}
-    for part, each in files.items():
-        for read in read_rows(each, shape=task.shape, columns=data.columns):
-            if read.row is None or read.format is None:
-                bad.add(read)
-            else:
-                rows[part].append(read.row)
-                formats[read.format.name] += 1
-    if bad.count > data.max_bad_fraction * (bad.count + formats.total()):
-        raise DataError(bad.message())
-    for part, each in files.items():
-        if each and not rows[part]:
-            raise DataError(f"{each[0].name}{' and others' if len(each) > 1 else ''}: no rows")
-    train, validation = rows["train"], rows["validation"]
-    if not files["validation"] and data.validation_fraction:
-        train, validation = _held_out(recipe, train)
-    return _Found(train, validation, [name for name, _ in formats.most_common()], bad.count)
-
-
-def _held_out(recipe: Recipe, rows: list[Row]) -> tuple[list[Row], list[Row]]:
     data = recipe.data
-    held_out = round(len(rows) * data.validation_fraction)
-    if not 0 < held_out < len(rows):
+    read = {part: list(read_rows(each, shape=task.shape, columns=data.columns)) for part, each in files.items()}
+    _refuse_bad_rows(recipe, [row for rows in read.values() for row in rows])
+    for part, each in files.items():
+        if each and not any(row.row for row in read[part]):
+            raise DataError(f"{each[0].name}{' and others' if len(each) > 1 else ''}: no rows")
+    if not files["validation"] and data.validation_fraction:
+        read = _split(recipe, read["train"])
+    report = examine(read["train"], read["validation"] or None, near_rows=data.near_duplicate_rows)
+    for finding in report.stopping(data.stop_on):
+        where = f" ({finding.where[0]})" if finding.where else ""
+        raise DataError(f"{MEANINGS[finding.kind]}: {finding.count}{where}; mend the data, or take {finding.kind} out of data.stop_on")
+    return _Found(*([row.row for row in read[part] if row.row] for part in ("train", "validation")), report)
+
+
+def _refuse_bad_rows(recipe: Recipe, rows: list[ReadRow]) -> None:
+    bad = BadRows()
+    for row in rows:
+        if row.row is None:
+            bad.add(row)
+    if bad.count > recipe.data.max_bad_fraction * len(rows):
+        raise DataError(bad.message())
+
+
+def _split(recipe: Recipe, read: list[ReadRow]) -> dict[str, list[ReadRow]]:
+    """Training and validation rows. The same row never stands on both sides."""
+    data, good = recipe.data, [row for row in read if row.row]
+    labels = [str(row.row.get("label")) for row in good if row.row]
+    groups = [row_digest(row.row) for row in good if row.row]
+    chosen = held_out(groups, fraction=data.validation_fraction, seed=recipe.train.seed, strata=labels if data.stratify else None)
+    if not 0 < chosen.sum() < len(good):
         raise DataError(
-            f"{_named(data.train)}: {len(rows)} rows are too few to hold out {data.validation_fraction:.0%}; "
+            f"{_named(data.train)}: {len(good)} rows are too few to hold out {data.validation_fraction:.0%}; "
             "give data.validation a file, or set data.validation_fraction=0"
         )
-    order = np.random.default_rng([recipe.train.seed, 1]).permutation(len(rows))
-    return [rows[n] for n in sorted(order[held_out:])], [rows[n] for n in sorted(order[:held_out])]
+    bad = [row for row in read if not row.row]
+    return {
+        "train": bad + [row for row, is_out in zip(good, chosen, strict=True) if not is_out],
+        "validation": [row for row, is_out in zip(good, chosen, strict=True) if is_out],
+    }
 
 
 def _named(sources: str | list[str]) -> str:
@@ -165,9 +177,11 @@ def _encode_all(recipe: Recipe, task: Task, base: BaseModel, found: _Found, fold
         dropped_rows=dropped,
         pad_token_id=tokenizer.pad_token_id,
         labels=labels,
-        formats=found.formats,
-        bad_rows=found.bad_rows,
+        formats=list(found.report.train.formats),
+        bad_rows=sum(finding.count for finding in found.report.findings if finding.kind == "bad_rows"),
+        findings={finding.kind: finding.count for finding in found.report.findings},
     )
+    write_text(folder / REPORT_FILE, found.report.model_dump_json(indent=2))
     write_text(folder / SUMMARY_FILE, summary.model_dump_json(indent=2))
 
 

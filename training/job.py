@@ -32,6 +32,8 @@ class PreparedData(BaseModel):
     """How the rows were written, the commonest first."""
     bad_rows: int
     """Rows left out because something was wrong with them."""
+    findings: dict[str, int]
+    """What the gate found, and how often; report.json beside the rows says where."""
     pad_token_id: int
     labels: list[str] | None = None
 

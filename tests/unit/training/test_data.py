@@ -32,7 +32,7 @@ def recipe(base: BaseModel, rows: Path, **data: Any) -> Recipe:
 
 
 def labelled(path: Path, *labels: str) -> Path:
-    path.write_text("".join(json.dumps({"text": f"row {n}", "label": label}) + "\n" for n, label in enumerate(labels)))
+    path.write_text("".join(json.dumps({"text": f"{path.stem} row {n}", "label": label}) + "\n" for n, label in enumerate(labels)))
     return path
 
 
@@ -137,3 +137,21 @@ def test_an_assistants_message_of_weight_0_is_read_and_not_learnt(base: BaseMode
     tokens, tokenizer = TokenRows(prepared.train_file).take(np.array([0]))[0], load_tokenizer(base.folder)
     assert "not this" in tokenizer.decode(tokens["input_ids"])
     assert tokenizer.decode([token for token in tokens["labels"] if token >= 0]).strip() == "but this<|im_end|>"
+
+
+def test_validation_rows_that_stand_in_training_stop_a_run_unless_allowed(base: BaseModel, rows: Path, home: Home) -> None:
+    leak = rows.with_name("leak.jsonl")
+    leak.write_text("".join(rows.read_text().splitlines(keepends=True)[7:9]))
+    with pytest.raises(DataError, match=r"rows of validation that also stand in training: 2 .*leak.jsonl:1 is .*rows.jsonl:8.; mend"):
+        prepare_data(recipe(base, rows, validation=str(leak)), base, home=home)
+    assert not home.datasets.exists()
+    assert prepare_data(recipe(base, rows, validation=str(leak), stop_on=[]), base, home=home).findings["leakage"] == 2
+
+
+def test_a_row_that_stands_there_twice_is_held_out_with_its_twin(base: BaseModel, rows: Path, home: Home) -> None:
+    rows.write_text(rows.read_text() * 2)
+    prepared = prepare_data(recipe(base, rows, validation_fraction=0.5), base, home=home)
+    train, validation = TokenRows(prepared.train_file), TokenRows(prepared.validation_file)
+    texts = [{tuple(r["input_ids"]) for r in part.take(part.lengths.argsort())} for part in (train, validation)]
+    assert len(texts[0]) == len(texts[1]) == 20
+    assert not texts[0] & texts[1]
