@@ -116,7 +116,7 @@ def _train_with_trl(folder: Path, *, packed: bool) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text())
-    messages = _conversations(Path(recipe.data.train))
+    messages = _conversations(Path(str(recipe.data.train)))
     tokenizer = AutoTokenizer.from_pretrained(recipe.base)
     mean = statistics.mean(len(tokenizer(tokenizer.apply_chat_template(m, tokenize=False))["input_ids"]) for m in messages[:500])
     passes = round(ROWS * mean / (PACK * PACKS)) if packed else ROWS // MICRO_BATCH

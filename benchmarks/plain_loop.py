@@ -30,7 +30,7 @@ def train(recipe: Recipe) -> list[float]:
     """Validation accuracy after each epoch."""
     torch.manual_seed(recipe.train.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base)
-    train_rows, validation_rows = _read(recipe.data.train), _read(str(recipe.data.validation))
+    train_rows, validation_rows = _read(str(recipe.data.train)), _read(str(recipe.data.validation))
     labels = sorted({row["label"] for row in train_rows})
 
     def collate(rows: list[dict[str, str]]) -> tuple[Batch, torch.Tensor]:

@@ -125,7 +125,8 @@ def _read(recipe: Recipe, task: Task, files: dict[str, list[DataFile]]) -> _Foun
     for finding in report.stopping(data.stop_on):
         where = f" ({finding.where[0]})" if finding.where else ""
         raise DataError(f"{MEANINGS[finding.kind]}: {finding.count}{where}; mend the data, or take {finding.kind} out of data.stop_on")
-    return _Found(*([row.row for row in read[part] if row.row] for part in ("train", "validation")), report)
+    train, validation = ([row.row for row in read[part] if row.row] for part in ("train", "validation"))
+    return _Found(train, validation, report)
 
 
 def _refuse_bad_rows(recipe: Recipe, rows: list[ReadRow]) -> None:

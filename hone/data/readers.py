@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hone.data.files import DataFile
 from hone.errors import DataError
@@ -56,7 +56,7 @@ def sha256_of(file: DataFile) -> str:
 
 
 @contextmanager
-def open_file(file: DataFile) -> Iterator[BinaryIO]:
+def open_file(file: DataFile) -> Iterator[io.BufferedIOBase]:
     """Its bytes, decompressed."""
     from pyarrow.fs import LocalFileSystem
 
@@ -66,7 +66,8 @@ def open_file(file: DataFile) -> Iterator[BinaryIO]:
         opener: Any = {None: open, "gzip": gzip.open, "bz2": bz2.open}[file.compression]
         stream = opener(file.path, "rb")
     else:
-        stream = io.BufferedReader(file.filesystem.open_input_stream(file.path, compression=file.compression), 2**20)
+        opened: Any = file.filesystem.open_input_stream(file.path, compression=file.compression)
+        stream = io.BufferedReader(opened, 2**20)
     with stream:
         yield stream
 
@@ -119,7 +120,7 @@ def _mapping(value: Any) -> Raw:
     return value if isinstance(value, dict) else DataError(f"a row is a JSON object; this is {type(value).__name__}")
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | DataError]]:
+def _lines(stream: io.BufferedIOBase) -> Iterator[tuple[int, bytes | DataError]]:
     """Lines with their numbers; one that is too long is skipped over without being held."""
     number = 0
     while line := stream.readline(LONGEST_ROW + 1):
