@@ -35,7 +35,7 @@ def difference(job: Job) -> float:
         model = PeftModel.from_pretrained(model, str(job.export_folder), autocast_adapter_dtype=False)
     model = model.to(device, dtype).eval()
     each = zip(golden["input_ids"], golden["attention_mask"], strict=True)
-    rows = [{"input_ids": ids[mask.bool()], "labels": ids[:0]} for ids, mask in each]
+    rows = [{"input_ids": ids[mask.bool()], "labels": torch.full_like(ids[mask.bool()], -100)} for ids, mask in each]
     batch = task.collate(rows, pad_token_id=job.data.pad_token_id, packed=False)
     answered = task.outputs(model, {name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
     spread = golden["logits"].std(-1, keepdim=True).clamp_min(1e-6)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hone.data.files import DataFile
 from hone.errors import DataError
@@ -158,7 +158,7 @@ def _json(file: DataFile) -> Iterator[Numbered]:
 def _csv(file: DataFile) -> Iterator[Numbered]:
     with open_file(file) as stream:
         # Bytes that are not UTF-8 become surrogates, which the check of the row's texts then finds: the row is named, and the next is read.
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        text: Any = io.TextIOWrapper(cast("io.BufferedReader", stream), encoding="utf-8-sig", errors="surrogateescape", newline="")
         csv.field_size_limit(LONGEST_ROW)
         reader = csv.reader(text, delimiter="\t" if file.kind == "tsv" else ",", strict=True)
         try:

@@ -24,9 +24,11 @@ def train(example: str, *overrides: str, home: Home) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_01_chat_publishes_an_adapter(llama: Path, home: Home, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"what is {n}?", "completion": f"the number {n}"}) + "\n" for n in range(40)))
-    train("01-chat", f"base={llama}", f"data.train={rows}", f"data.validation={rows}", "train.max_steps=2", home=home)
+    rows = [json.dumps({"prompt": f"what is {n}?", "completion": f"the number {n}"}) + "\n" for n in range(40)]
+    files = {"train": tmp_path / "train.jsonl", "validation": tmp_path / "validation.jsonl"}
+    files["train"].write_text("".join(rows[:30]))
+    files["validation"].write_text("".join(rows[30:]))
+    train("01-chat", f"base={llama}", *(f"data.{name}={path}" for name, path in files.items()), "train.max_steps=2", home=home)
     assert Registry(home).resolve("docs-chat").kind == "lora"
 
 

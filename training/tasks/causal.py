@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from training.linear_cross_entropy import linear_cross_entropy
-from training.tasks.task import Batch, TokenRow, pad
+from training.tasks.task import Batch, TokenRow, ids_of, pad
 
 IGNORED = -100
 """The label of a token that is not to be predicted, as transformers and torch write it."""
@@ -27,11 +27,11 @@ def collate(rows: Sequence[TokenRow], *, pad_token_id: int, packed: bool) -> Bat
         ends = lengths.cumsum(0)
         starts = ends - lengths
         inputs = {
-            "input_ids": torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])[None].long(),
+            "input_ids": torch.cat([ids_of(row) for row in rows])[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
             "cu_seq_lens_q": torch.cat([starts.new_zeros(1), ends]).int(),
         }
-        labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows]).long()
+        labels = torch.cat([ids_of(row, "labels") for row in rows])
     else:
         inputs = pad(rows, pad_token_id)
         starts = torch.arange(len(rows)) * inputs["input_ids"].shape[1]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -65,9 +66,14 @@ class Task(Protocol):
         """What a served answer depends on, one vector per row: [rows, outputs]."""
 
 
+def ids_of(row: TokenRow, column: str = "input_ids") -> torch.Tensor:
+    """One column of a row as [length] int64, copied out of the file that it may still be in."""
+    return torch.from_numpy(np.array(row[column], dtype=np.int64))
+
+
 def pad(rows: Sequence[TokenRow], value: int, column: str = "input_ids") -> Batch:
     """Right-pad one column to its longest row: {column, attention_mask}, each [rows, length] int64."""
-    values = [torch.as_tensor(row[column]).long() for row in rows]
+    values = [ids_of(row, column) for row in rows]
     present = [torch.ones_like(value) for value in values]
     return {
         column: pad_sequence(values, batch_first=True, padding_value=value),
