@@ -15,8 +15,9 @@ from openai import OpenAI
 from benchmarks.harness import Figures, save, summary
 from cluster.connect import local_ray
 from cluster.deploy import deploy_locally
+from hone.ports import free_port
 from hone.storage import Home
-from tests.serving_fixtures import free_port, publish
+from tests.serving_fixtures import publish
 from tests.tiny import make_llama
 
 NAME = "fresh"

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from cluster.child import end_with_parent
 from cluster.connect import processes_in_session
 from cluster.dashboard import Dashboard
 from hone.errors import ResourceError
+from hone.ports import free_port
 
 DASHBOARD_PORT = 8265
 POLL_S = 0.1
@@ -33,7 +33,7 @@ def main() -> None:
     """Start, tell, wait, end."""
     folder, min_cpus = Path(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGTERM, _end)
-    port, dashboard_port = _free_port(), _free_port(DASHBOARD_PORT)
+    port, dashboard_port = free_port(), free_port(DASHBOARD_PORT)
     address, dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}"
     ray = subprocess.Popen(
         _ray_start(folder, port=port, dashboard_port=dashboard_port, min_cpus=min_cpus),
@@ -97,15 +97,6 @@ def _stop(ray: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_S)
-
-
-def _free_port(wanted: int = 0) -> int:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _end_with(ray: subprocess.Popen[bytes]) -> None:

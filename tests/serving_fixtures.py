@@ -1,7 +1,6 @@
 """Random adapters for the serving tests: made and saved by PEFT, recorded by PEFT's own forward pass, published through the registry."""
 
 import json
-import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,13 +102,6 @@ def greedy_alone(model: Any, prompt: Sequence[int], *, tokens: int, end_ids: Seq
         )
     generated: list[int] = out[0, len(prompt) :].tolist()
     return generated
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def edit_config(folder: Path, **values: Any) -> None:

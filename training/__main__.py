@@ -3,7 +3,6 @@
 import argparse
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from rich.console import Console
 from hone.data.report import MEANINGS
 from hone.errors import HoneError, RunFailedError
 from hone.ids import new_run_id
+from hone.ports import free_port
 from hone.recipe import Recipe, load_recipe
 from hone.storage import Home, write_json
 from hone.store import Store
@@ -128,9 +128,7 @@ def _own_ray(*, is_search: bool) -> dict[str, Any]:
     A search needs the dashboard's API and needs its workers to know the address: what frees the CPUs of a trial that ASHA has stopped is
     an actor of Ray Train that asks the API whether the trial's controller lives, and without an answer it waits for ever.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -7,6 +7,7 @@ logits on the golden rows are compared with those that the workers recorded.
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -35,7 +36,8 @@ def difference(job: Job) -> float:
         model = PeftModel.from_pretrained(model, str(job.export_folder), autocast_adapter_dtype=False)
     model = model.to(device, dtype).eval()
     each = zip(golden["input_ids"], golden["attention_mask"], strict=True)
-    rows = [{"input_ids": ids[mask.bool()], "labels": torch.full_like(ids[mask.bool()], -100)} for ids, mask in each]
+    present = [ids[mask.bool()].numpy() for ids, mask in each]
+    rows = [{"input_ids": ids, "labels": np.full_like(ids, -100)} for ids in present]
     batch = task.collate(rows, pad_token_id=job.data.pad_token_id, packed=False)
     answered = task.outputs(model, {name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
     spread = golden["logits"].std(-1, keepdim=True).clamp_min(1e-6)

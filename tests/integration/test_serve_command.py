@@ -15,15 +15,14 @@ import psutil
 import pytest
 
 from cluster.connect import processes_in_session
+from hone.ports import free_port
 
 READY = "Ctrl-C ends it."
 
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ import pytest
 from openai import OpenAI
 from ray import serve
 
+from hone.ports import free_port
 from hone.registry import Registry
 from hone.storage import Home
 from serving.app import ServeArgs, build
-from tests.serving_fixtures import free_port, greedy_alone, publish, reload_peft
+from tests.serving_fixtures import greedy_alone, publish, reload_peft
 
 USER: Any = [{"role": "user", "content": "hello there, why does it rain?"}]
 LABELS = {"tone": ["angry", "calm"], "topic": ["art", "news", "sport"]}
