@@ -18,6 +18,16 @@ from hone.registry import Registry
 from hone.storage import Home, digest_of, sha256_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_SETTINGS = (
+    "config.json",
+    "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 SAMPLED_ABOVE_BYTES = 64 * 2**20
 SAMPLES = 64
 SAMPLE_BYTES = 2**20
@@ -66,6 +76,16 @@ def fingerprint(folder: Path) -> str:
     """
     names = ["config.json", *TOKENIZER_FILES, *sorted(p.name for p in folder.glob("*.safetensors"))]
     return digest_of({name: _file_digest(folder / name) for name in names if (folder / name).is_file()})
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Digest of everything that decides which tokens a text becomes, the chat template among it."""
+    names = [
+        *TOKENIZER_FILES,
+        *TOKENIZER_SETTINGS,
+        *sorted(f"additional_chat_templates/{p.name}" for p in folder.glob("additional_chat_templates/*")),
+    ]
+    return digest_of({name: sha256_file(folder / name) for name in names if (folder / name).is_file()})
 
 
 def _checked(folder: Path, name: str) -> BaseModel:

@@ -48,6 +48,8 @@ class DataFile:
     """A `pyarrow.fs.FileSystem`."""
     size: int
     """Bytes, as stored."""
+    modified_ns: int | None
+    """When it was last written, in nanoseconds since 1970, where the file system says."""
     kind: str
     compression: str | None = None
     class_folder: str | None = None
@@ -65,6 +67,18 @@ def find_files(sources: str | Sequence[str]) -> list[DataFile]:
         for file in _behind(source):
             found.setdefault(file.name, file)
     return list(found.values())
+
+
+def check_unchanged(files: Sequence[DataFile]) -> None:
+    """Compare files with what they were when they were found.
+
+    Raises:
+        DataError: one has been written to since, or is gone.
+    """
+    for file in files:
+        info = file.filesystem.get_file_info(file.path)
+        if (info.size, info.mtime_ns) != (file.size, file.modified_ns):
+            raise DataError(f"{file.name}: was changed while it was read; start again")
 
 
 def _behind(source: str) -> list[DataFile]:
@@ -112,7 +126,7 @@ def _file(info: Any, filesystem: Any, prefix: str, *, root: str, named: bool) ->
         return None
     if info.size == 0 and kind not in MEDIA:
         raise DataError(f"{name}: the file is empty")
-    return DataFile(name, info.path, filesystem, info.size, kind, compression, path.parent.name if kind in MEDIA else None)
+    return DataFile(name, info.path, filesystem, info.size, info.mtime_ns, kind, compression, path.parent.name if kind in MEDIA else None)
 
 
 def _filesystem(source: str) -> tuple[Any, str, str]:

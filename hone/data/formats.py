@@ -71,12 +71,18 @@ def media_path(value: Any, folder: str, name: str) -> str:
     Raises:
         DataError: it is no path, or it climbs out.
     """
-    path = PurePosixPath(checked_text(value, name))
+    text = checked_text(value, name)
+    path, inside = PurePosixPath(text), Path(folder, text)
+    if "://" in text or text.startswith("data:"):
+        raise DataError(f"{name!r} {text!r:.200} is an address, which is not fetched; use bytes, or a path below {folder}")
     if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{name!r} {str(path)!r} leads out of the folder of its file; use a path below {folder}")
-    inside = Path(folder, path)
-    if inside.exists() and not inside.resolve().is_relative_to(Path(folder).resolve()):
-        raise DataError(f"{name!r} {str(path)!r} is a link that leads out of {folder}")
+        raise DataError(f"{name!r} {text!r:.200} leads out of the folder of its file; use a path below {folder}")
+    try:  # the folder of an object store has no root, and is nothing on this machine
+        is_link_out = inside.is_absolute() and inside.exists() and not inside.resolve().is_relative_to(Path(folder).resolve())
+    except OSError as error:
+        raise DataError(f"{name!r} {text!r:.200} cannot be looked up ({error.strerror})") from None
+    if is_link_out:
+        raise DataError(f"{name!r} {text!r:.200} is a link that leads out of {folder}")
     return str(inside)
 
 

@@ -56,7 +56,7 @@ def from_sharegpt(turns: Any) -> list[Message]:
     made = []
     for n, turn in enumerate(turns):
         who = turn.get("from") if isinstance(turn, dict) else None
-        if who not in SHAREGPT_ROLES:
+        if not isinstance(who, str) or who not in SHAREGPT_ROLES:
             raise DataError(f"conversations[{n}].from is {who!r}; use one of {', '.join(SHAREGPT_ROLES)}")
         made.append({"role": SHAREGPT_ROLES[who], "content": turn.get("value")})
     return conversation(made, "conversations")

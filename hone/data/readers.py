@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hone.data.files import DataFile
+from hone.data.parts import Part
 from hone.errors import DataError
 
 LONGEST_ROW = 32 * 2**20
@@ -27,14 +28,15 @@ Numbered = tuple[int, Raw]
 """A line or row number, from 1, and what stands there."""
 
 
-def read_raw(file: DataFile) -> Iterator[Numbered]:
-    """The rows of a file, in order.
+def read_raw(part: Part) -> Iterator[Numbered]:
+    """The rows of a file or of a part of one, in order, numbered from the part's beginning.
 
     Raises:
         DataError: the file as a whole cannot be read (a torn Parquet footer, say); the message names it.
     """
+    file = part.file
     try:
-        yield from READERS[file.kind](file)
+        yield from READERS[file.kind](part)
     except DataError:
         raise
     except (OSError, EOFError, ValueError) as error:
@@ -65,8 +67,11 @@ def open_file(file: DataFile) -> Iterator[io.BufferedIOBase]:
     if local and file.compression in (None, "gzip", "bz2"):
         opener: Any = {None: open, "gzip": gzip.open, "bz2": bz2.open}[file.compression]
         stream = opener(file.path, "rb")
-    else:
-        opened: Any = file.filesystem.open_input_stream(file.path, compression=file.compression)
+    else:  # what is not compressed can be sought in, as parts of a file need
+        remote = file.filesystem
+        opened: Any = (
+            remote.open_input_stream(file.path, compression=file.compression) if file.compression else remote.open_input_file(file.path)
+        )
         stream = io.BufferedReader(opened, 2**20)
     with stream:
         yield stream
@@ -97,9 +102,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _jsonl(file: DataFile) -> Iterator[Numbered]:
-    with open_file(file) as stream:
-        for number, line in _lines(stream):
+def _jsonl(part: Part) -> Iterator[Numbered]:
+    with open_file(part.file) as stream:
+        for number, line in _lines(stream, part.start, part.end):
             if isinstance(line, DataError):
                 yield number, line
             elif line.strip():
@@ -120,24 +125,38 @@ def _mapping(value: Any) -> Raw:
     return value if isinstance(value, dict) else DataError(f"a row is a JSON object; this is {type(value).__name__}")
 
 
-def _lines(stream: io.BufferedIOBase) -> Iterator[tuple[int, bytes | DataError]]:
-    """Lines with their numbers; one that is too long is skipped over without being held."""
+def _lines(stream: io.BufferedIOBase, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | DataError]]:
+    """The lines that begin within these bytes, numbered; one that is too long is skipped over without being held."""
+    at = start
+    if start:  # what the part before has begun, it also ends
+        stream.seek(start - 1)
+        at = start - 1 + _rest_of_line(stream)
     number = 0
-    while line := stream.readline(LONGEST_ROW + 1):
+    while (end is None or at < end) and (line := stream.readline(LONGEST_ROW + 1)):
         number += 1
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if len(line) <= LONGEST_ROW:
-            yield number, line
-            continue
         size = len(line)
-        while not line.endswith(b"\n") and (line := stream.readline(LONGEST_ROW)):
-            size += len(line)
-        yield number, DataError(f"the line has {size / 2**20:.0f} MiB; at most {LONGEST_ROW / 2**20:.0f} MiB are read as one row")
+        if size > LONGEST_ROW and not line.endswith(b"\n"):
+            size += _rest_of_line(stream)
+        at += size
+        if size > LONGEST_ROW:
+            yield number, DataError(f"the line has {size / 2**20:.0f} MiB; at most {LONGEST_ROW / 2**20:.0f} MiB are read as one row")
+        else:
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 and not start else line
 
 
-def _json(file: DataFile) -> Iterator[Numbered]:
+def _rest_of_line(stream: io.BufferedIOBase) -> int:
+    """Skip to where the next line begins; the bytes skipped."""
+    size = 0
+    while line := stream.readline(LONGEST_ROW):
+        size += len(line)
+        if line.endswith(b"\n"):
+            break
+    return size
+
+
+def _json(part: Part) -> Iterator[Numbered]:
     """A list of objects, or one object with such a list in it (`{"data": [...]}`). Rows are counted, not lines."""
+    file = part.file
     if file.size > LARGEST_JSON:
         raise DataError(f"{file.name}: has {file.size / 2**30:.1f} GiB and would have to be held in memory whole; save it as .jsonl")
     with open_file(file) as stream:
@@ -155,7 +174,8 @@ def _json(file: DataFile) -> Iterator[Numbered]:
     yield from ((number, _mapping(row)) for number, row in enumerate(value, start=1))
 
 
-def _csv(file: DataFile) -> Iterator[Numbered]:
+def _csv(part: Part) -> Iterator[Numbered]:
+    file = part.file
     with open_file(file) as stream:
         # Bytes that are not UTF-8 become surrogates, which the check of the row's texts then finds: the row is named, and the next is read.
         text: Any = io.TextIOWrapper(cast("io.BufferedReader", stream), encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -184,15 +204,17 @@ def _csv(file: DataFile) -> Iterator[Numbered]:
                 yield number, DataError(f"{len(fields)} fields, and the header has {len(header)} columns")
 
 
-def _parquet(file: DataFile) -> Iterator[Numbered]:
+def _parquet(part: Part) -> Iterator[Numbered]:
     from pyarrow.parquet import ParquetFile
 
-    with file.filesystem.open_input_file(file.path) as opened, ParquetFile(opened) as table:
-        yield from _numbered(table.iter_batches(BATCH_ROWS))
+    with part.file.filesystem.open_input_file(part.file.path) as opened, ParquetFile(opened) as table:
+        groups = None if part.end is None else range(part.start, part.end)
+        yield from _numbered(table.iter_batches(BATCH_ROWS, row_groups=groups))
 
 
-def _arrow(file: DataFile) -> Iterator[Numbered]:
+def _arrow(part: Part) -> Iterator[Numbered]:
     """Arrow's file format (feather too), or its stream format, which `datasets` writes."""
+    file = part.file
     import pyarrow as pa
 
     with file.filesystem.open_input_file(file.path) as opened:
@@ -214,8 +236,9 @@ def _numbered(batches: Any) -> Iterator[Numbered]:
                 yield number, row
 
 
-def _text(file: DataFile) -> Iterator[Numbered]:
+def _text(part: Part) -> Iterator[Numbered]:
     """Paragraphs, which blank lines part; numbered by their first line."""
+    file = part.file
     with open_file(file) as stream:
         first, paragraph = 0, b""
         for number, line in _lines(stream):
@@ -241,8 +264,9 @@ def _paragraph(paragraph: bytes) -> Raw:
         return DataError(f"byte {paragraph[error.start]:#04x} is not UTF-8; save the file as UTF-8")
 
 
-def _media(file: DataFile) -> Iterator[Numbered]:
+def _media(part: Part) -> Iterator[Numbered]:
     """A picture or sound is a row by itself, of the class that its folder names."""
+    file = part.file
     path = file.path if Path(file.path).is_absolute() else file.name
     yield 1, {file.kind: path, "label": file.class_folder}
 

@@ -49,7 +49,7 @@ class Histogram(BaseModel):
     """Rows of at least `edges[n]` and less than `edges[n + 1]`."""
 
 
-class Part(BaseModel):
+class Summary(BaseModel):
     """The training or the validation rows."""
 
     files: int
@@ -63,8 +63,8 @@ class Part(BaseModel):
 class Report(BaseModel):
     """All of it."""
 
-    train: Part
-    validation: Part | None = None
+    train: Summary
+    validation: Summary | None = None
     findings: list[Finding]
     notes: list[str] = []
     """What was not looked at, and why."""

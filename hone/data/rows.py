@@ -1,15 +1,18 @@
 """Checked rows of one shape, file by file: `train.jsonl:17: "messages" is empty; ...`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from hone.data.files import MEDIA, DataFile
 from hone.data.formats import Format, Row, convert, media_path
+from hone.data.media import check_media, read_media
+from hone.data.parts import Part
 from hone.data.readers import read_raw
 from hone.errors import DataError
-
-SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -18,60 +21,72 @@ class ReadRow:
 
     file: DataFile
     number: int
-    """Line, or row from 1 where the file has no lines."""
+    """Line, or row where the file has no lines; from 1 at the beginning of the part."""
     row: Row | None = None
     format: Format | None = None
+    group: str | None = None
+    """What it is grouped by."""
+    content: str | None = None
+    """Hex SHA-256 of its picture or sound, wherever that stands."""
     error: str = ""
 
-    @property
-    def place(self) -> str:
-        return self.file.name if self.file.kind in MEDIA else f"{self.file.name}:{self.number}"
 
-
-def read_rows(files: Sequence[DataFile], *, shape: str | None = None, columns: Mapping[str, str] | None = None) -> Iterator[ReadRow]:
-    """Every row of the files, good or bad, in order and a few at a time.
+def read_rows(
+    parts: Iterable[Part],
+    *,
+    shape: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    group_by: str | None = None,
+) -> Iterator[ReadRow]:
+    """Every row of the parts, good or bad, in order and a few at a time. A row with a picture or sound that cannot be decoded is bad.
 
     Args:
-        files: From `find_files`.
+        parts: From `cut`.
         shape: The shape of row that is wanted; by default what the columns of each row make.
         columns: Our name of a column -> its name in the files, where they differ.
+        group_by: Column (as the files name it) that says which rows belong together.
 
     Raises:
         DataError: a file that cannot be read at all.
     """
-    for file in files:
-        for number, raw in read_raw(file):
+    for part in parts:
+        file = part.file
+        for number, raw in read_raw(part):
             if isinstance(raw, DataError):
                 yield ReadRow(file, number, error=raw.message)
                 continue
             try:
                 row, found = convert(raw, shape=shape, columns=columns)
-                yield ReadRow(file, number, _with_path(row, file), found)
+                row, content = _with_media(row, found.shape, file) if found.shape in MEDIA else (row, None)
+                yield ReadRow(file, number, row, found, _group(raw, group_by), content)
             except DataError as error:
                 yield ReadRow(file, number, error=error.message)
 
 
-class BadRows:
-    """Counts bad rows, and holds what to say of the first."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[str] = []
-
-    def add(self, read: ReadRow) -> None:
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(f"{read.place}: {read.error}")
-
-    def message(self) -> str:
-        """One line for each of the first, the rest counted."""
-        more = [f"... and {self.count - len(self.first)} more bad rows"] if self.count > len(self.first) else []
-        return "\n".join([*self.first, *more])
+def _group(raw: Mapping[str, Any], column: str | None) -> str | None:
+    if column is None:
+        return None
+    if raw.get(column) is None:
+        raise DataError(f"no {column!r}, which data.group_by groups rows by (there are: {', '.join(map(str, raw))[:200]})")
+    value = raw[column]
+    if isinstance(value, float) and value.is_integer():  # Parquet's integers where some are null
+        value = int(value)
+    return str(value) if isinstance(value, str | int) else json.dumps(value, sort_keys=True, default=str)
 
 
-def _with_path(row: Row, file: DataFile) -> Row:
-    """A picture or sound that a row of a table names is looked for beside that table."""
-    if file.kind in MEDIA:
-        return row
-    folder = str(PurePosixPath(file.path).parent)
-    return row | {name: media_path(row[name], folder, name) for name in MEDIA if isinstance(row.get(name), str)}
+def _with_media(row: Row, kind: str, file: DataFile) -> tuple[Row, str]:
+    """The row, whose picture or sound was decoded once: named by its bytes or by a full path or URI. And the digest of those bytes.
+
+    A path in a table is one below the folder of that table, in the same file system: beside `s3://bucket/set/rows.jsonl`,
+    `cats/1.png` is `s3://bucket/set/cats/1.png`. `read_media` reads either with the file system of the row's file.
+    """
+    value, where = row[kind], ""
+    if isinstance(value, str) and file.kind not in MEDIA:
+        path = media_path(value, str(PurePosixPath(file.path).parent), kind)
+        row, where = row | {kind: file.name.removesuffix(file.path) + path}, f"{kind!r} {value!r:.200}: "
+    try:
+        content = read_media(row[kind], file.filesystem)
+        check_media(content, kind)
+    except DataError as error:
+        raise DataError(where + error.message) from None
+    return row, hashlib.sha256(content).hexdigest()

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hone.data.files import find_files
-from hone.data.gate import Measured, examine
-from hone.data.private import kinds_in, redacted
+from hone.data.gate import BETWEEN, NEAR_ROWS, Measured, joined, look_at
+from hone.data.gate import report as report_of
+from hone.data.parts import cut
+from hone.data.private import PATTERNS, kinds_in, possible, redacted, texts_in
 from hone.data.report import Report
-from hone.data.rows import read_rows
+from hone.errors import DataError
 
 SENTENCE = "the quick brown fox jumps over a lazy dog and then runs back into the old dark forest before the night falls again"
 WORDS = SENTENCE.split(" ")
@@ -22,7 +26,8 @@ def written(path: Path, *rows: Any) -> Path:
 
 
 def look(train: Path, validation: Path | None = None, **options: Any) -> Report:
-    return examine(read_rows(find_files(str(train))), read_rows(find_files(str(validation))) if validation else None, **options)
+    looks = [look_at(cut(find_files(str(path))), **options) for path in (train, validation) if path]
+    return report_of(looks[0], looks[1] if validation else None, near_rows=options.get("near_rows", NEAR_ROWS))
 
 
 def found(report: Report) -> dict[str, int]:
@@ -96,6 +101,13 @@ def test_private_data_is_found_and_taken_out(text: str, kind: str, left: str) ->
     assert redacted({"messages": [{"content": text}]}) == {"messages": [{"content": left}]}
 
 
+@pytest.mark.parametrize("kind", PATTERNS)
+@given(data=st.data())
+def test_a_glance_rules_out_nothing_that_a_closer_look_would_find(kind: str, data: st.DataObject) -> None:
+    text = data.draw(st.from_regex(PATTERNS[kind]))
+    assert PATTERNS[kind] in [pattern for _, pattern in possible(text)]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -112,3 +124,28 @@ def test_private_data_is_found_and_taken_out(text: str, kind: str, left: str) ->
 )
 def test_what_only_looks_private_is_left_alone(text: str) -> None:
     assert kinds_in(text) == set()
+
+
+def test_no_secret_reaches_across_two_texts() -> None:
+    turns = [{"role": "user", "content": "my password:"}, {"role": "assistant", "content": "never-tell-it-to-anyone"}]
+    assert kinds_in(BETWEEN.join(texts_in({"messages": turns}))) == set()
+
+
+def test_a_row_that_its_task_refuses_is_a_bad_row(tmp_path: Path) -> None:
+    def refuse(row: dict[str, Any]) -> Measured:
+        if row["label"] == "b":
+            raise DataError("not this one")
+        return Measured(3, 1, is_cut=False)
+
+    report = look(written(tmp_path / "t.jsonl", row(1), row(2, "b"), row(3, "c")), measure=refuse)
+    [finding] = report.findings
+    assert (finding.kind, finding.where) == ("bad_rows", [f"{tmp_path}/t.jsonl:2: not this one"])
+
+
+def test_a_file_that_stands_in_two_looks_keeps_its_line_numbers(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.jsonl", *[row(n, "ab"[n % 2]) for n in range(50)])
+    files = find_files(str(path))
+    twice = joined([look_at(cut(files, part_bytes=900), near_rows=0) for _ in range(2)])
+    [finding] = report_of(twice, near_rows=0).findings
+    assert (finding.kind, finding.count) == ("exact_duplicates", 50)
+    assert finding.where[:2] == [f"{path}:1 is {path}:1", f"{path}:2 is {path}:2"]

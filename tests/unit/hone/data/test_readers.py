@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from hone.data import readers
 from hone.data.files import find_files
+from hone.data.parts import Part, cut, numbers_in
 from hone.data.readers import read_raw
 from hone.errors import DataError
 
@@ -24,7 +27,7 @@ ROWS = [{"text": "a, b\nc", "label": "x"}, {"text": "ä", "label": "y"}]
 
 def raw(path: Path) -> list[tuple[int, Any]]:
     [file] = find_files(str(path))
-    return [(number, row.message if isinstance(row, DataError) else row) for number, row in read_raw(file)]
+    return [(number, row.message if isinstance(row, DataError) else row) for part in cut([file]) for number, row in read_raw(part)]
 
 
 def written(path: Path, content: bytes | str) -> Path:
@@ -149,3 +152,35 @@ def test_no_bytes_crash_a_reader(tmp_path_factory: pytest.TempPathFactory, conte
             for number, row in raw(written(folder / f"a.{kind}", content or b"\n")):
                 assert number >= 1
                 assert isinstance(row, dict | str)
+
+
+@given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20), st.integers(1, 40))
+@settings(deadline=None)
+def test_parts_of_a_file_hold_its_lines_once_with_their_numbers(
+    tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], part_bytes: int
+) -> None:
+    path = written(tmp_path_factory.mktemp("parts") / "a.jsonl", b"\n".join(contents) + b"\n{}")
+    [file] = find_files(str(path))
+    whole = [(number, repr(row)) for number, row in read_raw(cut([file])[0])]
+    # A file system that is not the local one is read by other means, as an object store is.
+    remote = replace(file, path=path.name, filesystem=SubTreeFileSystem(str(path.parent), LocalFileSystem()))
+    for each in (file, remote):
+        assert [(number, repr(row)) for number, row in numbered_on(cut([each], part_bytes=part_bytes))] == whole
+
+
+def test_parquet_is_parted_by_row_groups(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": range(10)}), path, row_group_size=4)
+    parts = cut(find_files(str(path)), part_bytes=1)
+    assert len(parts) == 3
+    assert len(cut(find_files(str(path)), part_bytes=sum(part.size for part in parts[:2]))) == 2
+    assert numbered_on(parts) == [(n + 1, {"n": n}) for n in range(10)]
+
+
+def numbered_on(parts: list[Part]) -> list[tuple[int, Any]]:
+    """Rows of all parts of one file, with their numbers in the file."""
+    before, rows = 0, []
+    for part in parts:
+        rows += [(before + number, row) for number, row in read_raw(part)]
+        before += numbers_in(part)
+    return rows
