@@ -16,6 +16,7 @@ from hone.ids import NAME_PATTERN
 
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Source = Annotated[str, StringConstraints(min_length=1)]
 FindingKind = Literal[
     "leakage",
@@ -38,6 +39,37 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class MixedSource(Settings):
+    """A further source of training rows."""
+
+    source: Sources
+    """Files, folders, globs or URIs, as for `data.train`."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often an epoch sees each row: 0.5 sees one half of them, and the other half in the next epoch; 2 sees each twice."""
+    columns: dict[str, str] | None = None
+    """As `data.columns`, where these files differ from the others."""
+
+
+class TextAugmentation(Settings):
+    """Small changes to a text, other ones each time that it is seen (https://arxiv.org/abs/1901.11196)."""
+
+    probability: Share = 0.5
+    """Share of the texts that are changed."""
+    word_dropout: Share = 0.1
+    """Share of the words that are left out."""
+    word_swap: Share = 0.1
+    """Share of the words that change places with the next."""
+    case_noise: Share = 0.05
+    """Share of the words whose case changes."""
+
+
+class AugmentSettings(Settings):
+    """How training rows are changed each time they are seen; validation rows never are."""
+
+    text: TextAugmentation | None = None
+    """For the task text-classification."""
+
+
 class DataSettings(Settings):
     """Where the rows are and how they become tokens."""
 
@@ -47,19 +79,40 @@ class DataSettings(Settings):
     validation: Sources | None = None
     """Validation rows, likewise. Without any, `validation_fraction` of the training rows is held out."""
     validation_fraction: Fraction = 0.05
-    """Share of the training rows held out when there is no validation file; 0 trains without validation."""
+    """Share of the rows of `train` held out when there is no validation file; 0 trains without validation."""
+    stratify: bool = True
+    """Hold out the same share of each class, where rows have one."""
+    group_by: str | None = None
+    """Column whose values are never on both sides: rows of one customer, one document, one patient."""
+    folds: int | None = Field(default=None, ge=2, le=100)
+    """Split the rows of `train` into so many folds and validate on one of them, instead of `validation_fraction`."""
+    fold: int = Field(default=0, ge=0)
+    """Which fold validates, from 0."""
+    mix: list[MixedSource] = []
+    """Further sources of training rows, each as often as its weight says."""
+    retain: Sources | None = None
+    """General data mixed in against forgetting, such as what the base was tuned on."""
+    retain_fraction: Fraction = 0.1
+    """Share of each epoch's rows that come from `retain`."""
+    augment: AugmentSettings = AugmentSettings()
     max_length: int = Field(default=1024, ge=8)
     """Tokens per row; longer rows are cut at the end, and the run says how many were."""
     columns: dict[str, str] = {}
     """Names of columns that are called otherwise in the files: {text: review, label: stars}."""
     max_bad_fraction: Fraction = 0.0
     """Share of the rows that may be bad; they are left out and counted. By default a single one stops the run before it starts."""
-    stratify: bool = True
-    """Hold out the same share of each class, where rows have one."""
     stop_on: list[FindingKind] = ["leakage"]
     """Findings that stop the run before a worker is asked for; the others are told. See `hone data check`."""
     near_duplicate_rows: int = Field(default=20_000, ge=0)
-    """Rows among which near duplicates are looked for, at about a third of a millisecond each; 0 for none."""
+    """Rows among which near duplicates are looked for, at about a quarter of a millisecond each; 0 for none."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "DataSettings":
+        if self.validation and self.folds:
+            raise ValueError("data.folds splits the training rows, and data.validation names rows of its own; leave one of them out")
+        if self.fold >= (self.folds or 1):
+            raise ValueError(f"data.fold {self.fold} is not one of data.folds {self.folds}; they count from 0")
+        return self
 
 
 class LoraMethod(Settings):
@@ -252,6 +305,8 @@ class Recipe(Settings):
             raise ValueError(
                 f"train.global_batch_size {batch} does not divide among scaling.num_workers {workers}; use a multiple of {workers}"
             )
+        if self.data.augment.text and self.task != "text-classification":
+            raise ValueError(f"data.augment.text is for the task text-classification; a {self.task} row would learn the changed words")
         for key, domain in (self.search.space if self.search else {}).items():
             _check_search_key(key)
             if isinstance(domain, LogUniform | Uniform | RandInt) and domain.upper <= domain.lower:
@@ -339,7 +394,9 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     def all_absolute(sources: str | list[str] | None) -> str | list[str] | None:
         return [absolute(path) for path in sources] if isinstance(sources, list) else sources and absolute(sources)
 
-    data = recipe.data.model_copy(update={"train": all_absolute(recipe.data.train), "validation": all_absolute(recipe.data.validation)})
+    sources = {name: all_absolute(getattr(recipe.data, name)) for name in ("train", "validation", "retain")}
+    mix = [mixed.model_copy(update={"source": all_absolute(mixed.source)}) for mixed in recipe.data.mix]
+    data = recipe.data.model_copy(update={**sources, "mix": mix})
     looks_local = recipe.base.startswith((".", "/", "~")) or (folder / recipe.base).is_dir()
     base = absolute(recipe.base) if looks_local else recipe.base
     return recipe.model_copy(update={"data": data, "base": base})

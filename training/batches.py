@@ -9,6 +9,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,19 @@ Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """Steps of a run over `n_rows` rows, `global_batch_size` of them a step; the last step of an epoch takes what is left."""
+class Mixed:
+    """A source of rows, and how many of them an epoch sees."""
 
-    n_rows: int
+    rows: int
+    per_epoch: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Steps of a run, of `global_batch_size` rows each; the last step of an epoch takes what is left."""
+
+    sources: tuple[Mixed, ...]
+    """Their rows are numbered through, in this order."""
     global_batch_size: int
     epochs: float
     max_steps: int | None
@@ -28,7 +38,7 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.n_rows / self.global_batch_size)
+        return math.ceil(sum(source.per_epoch for source in self.sources) / self.global_batch_size)
 
     @property
     def total_steps(self) -> int:
@@ -38,8 +48,29 @@ class BatchPlan:
     def rows(self, step: int) -> Rows:
         """Row numbers of one step (from 0), all workers together."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
-        return order[place * self.global_batch_size : (place + 1) * self.global_batch_size]
+        return _order(self, epoch)[place * self.global_batch_size : (place + 1) * self.global_batch_size]
+
+
+@lru_cache(maxsize=2)
+def _order(plan: BatchPlan, epoch: int) -> Rows:
+    """All row numbers of an epoch."""
+    drawn, first = [], 0
+    for number, source in enumerate(plan.sources):
+        drawn.append(first + _drawn(source, epoch, [plan.seed, number]))
+        first += source.rows
+    return np.random.default_rng([plan.seed, epoch]).permutation(np.concatenate(drawn))
+
+
+def _drawn(source: Mixed, epoch: int, seed: list[int]) -> Rows:
+    """What an epoch sees of a source: the next `per_epoch` rows of one shuffled round of all its rows after another."""
+    if source.per_epoch in (0, source.rows):
+        return np.arange(source.per_epoch)
+    rounds, begin, end = [], epoch * source.per_epoch, (epoch + 1) * source.per_epoch
+    for number in range(begin // source.rows, -(-end // source.rows)):
+        start = number * source.rows
+        shuffled = np.random.default_rng([*seed, 2, number]).permutation(source.rows)
+        rounds.append(shuffled[max(begin - start, 0) : end - start])
+    return np.concatenate(rounds)
 
 
 def deal(rows: Rows, lengths: Rows, *, rank: int, world_size: int, micro_batches: int) -> list[Rows]:

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+Groups = Sequence[int] | npt.NDArray[np.uint64]
+Strata = Sequence[str] | npt.NDArray[np.int64]
 
-def held_out(groups: Sequence[int], *, fraction: float, seed: int, strata: Sequence[str] | None = None) -> npt.NDArray[np.bool_]:
+
+def held_out(groups: Groups, *, fraction: float, seed: int, strata: Strata | None = None) -> npt.NDArray[np.bool_]:
     """True for each row that is held out.
 
     Args:
@@ -14,16 +17,40 @@ def held_out(groups: Sequence[int], *, fraction: float, seed: int, strata: Seque
         fraction: Share of the rows to hold out, to the nearest row, or as near as whole groups come.
         strata: The share is taken of each stratum by itself (of each class, say); a group belongs to that of its first row.
     """
-    numbers = np.unique(np.asarray(groups, dtype=np.uint64), return_inverse=True)[1]
-    first = np.unique(numbers, return_index=True)[1]
-    sizes = np.bincount(numbers)
-    of_group = np.asarray(strata)[first] if strata is not None else np.zeros(len(first), dtype=np.int64)
-    order = np.random.default_rng([seed, 1]).permutation(len(first))
-    chosen = np.zeros(len(first), dtype=bool)
+    numbers, sizes, order, of_group = _grouped(groups, seed, strata)
+    chosen = np.zeros(len(sizes), dtype=bool)
     for stratum in np.unique(of_group):
         members = order[of_group[order] == stratum]
         wanted = round(float(sizes[members].sum()) * fraction)
-        before = np.cumsum(sizes[members]) - sizes[members]
-        # A group is taken where that leaves fewer rows amiss than leaving it out.
-        chosen[members[before + sizes[members] / 2 <= wanted]] = True
+        left = wanted
+        for group, size in zip(members.tolist(), sizes[members].tolist(), strict=True):
+            if size <= 2 * left:  # taking it leaves fewer rows amiss than leaving it out
+                chosen[group] = True
+                left -= size
+            if left <= 0:
+                break
     return chosen[numbers]
+
+
+def folds(groups: Groups, *, k: int, seed: int, strata: Strata | None = None) -> npt.NDArray[np.int64]:
+    """The fold of each row, 0 to k - 1, of sizes as like as whole groups allow; groups and strata as for `held_out`."""
+    numbers, sizes, order, of_group = _grouped(groups, seed, strata)
+    fold_of = np.zeros(len(sizes), dtype=np.int64)
+    totals = np.zeros(k, dtype=np.int64)
+    for stratum in np.unique(of_group):
+        members = order[of_group[order] == stratum]
+        loads = np.zeros(k, dtype=np.int64)
+        # The largest first, each where the fewest rows of its stratum are, and of those where the fewest rows are at all.
+        for group in members[np.argsort(-sizes[members], kind="stable")]:
+            fold = np.lexsort((totals, loads))[0]
+            fold_of[group] = fold
+            loads[fold] += sizes[group]
+            totals[fold] += sizes[group]
+    return fold_of[numbers]
+
+
+def _grouped(groups: Groups, seed: int, strata: Strata | None) -> tuple[npt.NDArray[np.int64], ...]:
+    """Each row's group; and of each group its size, a random order of all, and its stratum."""
+    _, first, numbers, sizes = np.unique(np.asarray(groups, dtype=np.uint64), return_index=True, return_inverse=True, return_counts=True)
+    of_group = np.unique(np.asarray(strata)[first], return_inverse=True)[1] if strata is not None else np.zeros(len(first), dtype=np.int64)
+    return numbers, sizes, np.random.default_rng([seed, 1]).permutation(len(first)), of_group

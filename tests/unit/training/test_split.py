@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.split import held_out
+from training.split import folds, held_out
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5])
@@ -33,3 +33,28 @@ def test_no_group_is_on_both_sides(groups: list[int], fraction: float, seed: int
     numbers = np.asarray(groups)
     assert not set(numbers[chosen]) & set(numbers[~chosen])
     assert abs(chosen.sum() - fraction * len(groups)) <= max(Counter(groups).values())
+
+
+@pytest.mark.parametrize("k", [2, 5, 10])
+def test_folds_are_alike_in_size_and_in_classes(k: int) -> None:
+    labels = np.asarray(["rare"] * 20 + ["common"] * 983)
+    fold_of = folds(range(1003), k=k, seed=0, strata=labels)
+    sizes = np.bincount(fold_of, minlength=k)
+    rare = np.bincount(fold_of[labels == "rare"], minlength=k)
+    assert sizes.max() - sizes.min() <= 1
+    assert rare.max() - rare.min() <= 1
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(2, 6), st.integers(0, 99))
+def test_each_group_is_in_one_fold_and_the_seed_decides_which(groups: list[int], k: int, seed: int) -> None:
+    fold_of = folds(groups, k=k, seed=seed)
+    assert all(len(set(fold_of[np.asarray(groups) == group])) == 1 for group in groups)
+    assert (fold_of == folds(groups, k=k, seed=seed)).all()
+    assert set(fold_of) <= set(range(k))
+    assert np.bincount(fold_of, minlength=k).max() - len(groups) / k <= max(Counter(groups).values())
+
+
+def test_a_group_that_is_too_large_does_not_end_the_search() -> None:
+    groups = [0] * 30 + [1] * 10
+    for seed in range(8):
+        assert held_out(groups, fraction=0.25, seed=seed).tolist() == [False] * 30 + [True] * 10
