@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import interleave, ratios, save, summary
+from benchmarks.word_problems import conversations, find_data, make_base
 from hone.recipe import Recipe, parse_recipe
 from hone.storage import Home
 
@@ -43,13 +44,11 @@ def main() -> None:
     if args.trl:
         print(json.dumps(_train_with_trl(args.trl, packed=args.packed)))  # noqa: T201
         return
-    data = Path(__file__).resolve().parents[2] / "shared" / "data" / "math_word_problems" / "train.jsonl"
-    if not data.is_file():
-        sys.exit("this benchmark needs ../shared/data/math_word_problems")
+    data = find_data()
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _make_base(folder / "base", data)
+        make_base(folder / "base", data)
         recipe = folder / "recipe.json"
         recipe.write_text(_recipe(folder, data).model_dump_json())
         variants = {
@@ -116,7 +115,7 @@ def _train_with_trl(folder: Path, *, packed: bool) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text())
-    messages = _conversations(Path(str(recipe.data.train)))
+    messages = conversations(Path(str(recipe.data.train)))
     tokenizer = AutoTokenizer.from_pretrained(recipe.base)
     mean = statistics.mean(len(tokenizer(tokenizer.apply_chat_template(m, tokenize=False))["input_ids"]) for m in messages[:500])
     passes = round(ROWS * mean / (PACK * PACKS)) if packed else ROWS // MICRO_BATCH
@@ -164,50 +163,6 @@ def _train_with_trl(folder: Path, *, packed: bool) -> dict[str, float]:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seconds = times[-1] - times[WARM_UP - 1]
     return {"tokens_a_second": sum(tokens[WARM_UP * passes :]) / seconds, "loss": statistics.mean(losses[-3:])}
-
-
-def _conversations(data: Path) -> list[list[dict[str, str]]]:
-    with data.open(encoding="utf-8") as lines:
-        return [json.loads(line)["messages"] for line in lines]
-
-
-def _make_base(folder: Path, data: Path) -> None:
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from hone.chat import CHATML
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=8192,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = [message["content"] for conversation in _conversations(data) for message in conversation]
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML, model_max_length=1024
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 if __name__ == "__main__":

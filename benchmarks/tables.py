@@ -31,7 +31,14 @@ def with_tables(readme: str) -> str:
 
 def tables() -> str:
     """Every result that there is, as Markdown."""
-    makers = {"step_time": _step_time, "accuracy": _accuracy, "new_version": _new_version}
+    makers = {
+        "step_time": _step_time,
+        "packing": _packing,
+        "preparing": _preparing,
+        "preparing_memory": _preparing_memory,
+        "accuracy": _accuracy,
+        "new_version": _new_version,
+    }
     found = [(name, RESULTS / f"{name}.json") for name in makers]
     return "\n\n".join(makers[name](json.loads(path.read_text())) for name, path in found if path.exists())
 
@@ -44,6 +51,37 @@ def _step_time(result: dict[str, Any]) -> str:
     ]
     header = ["| workers | Ray Train | torchrun | ratio, median (spread) |", "| --- | --- | --- | --- |"]
     return "\n".join(["**Step time under Ray Train against the same loop under torchrun**", "", *header, *rows, "", _footer(result)])
+
+
+def _packing(result: dict[str, Any]) -> str:
+    figures = result["figures"]
+    others = {"hone_padded": "hone, padded", "trl_padded": "TRL SFTTrainer, padded", "trl_packed": "TRL SFTTrainer, packed"}
+    rows = [f"| {label} | {figures[name]['median']:,.0f} | {_spread(figures[f'to_{name}'])} |" for name, label in others.items()]
+    header = ["| against | its useful tokens a second | hone packed, times as many (spread) |", "| --- | --- | --- |"]
+    title = "**LoRA on math word problems: rows end to end, attention within each, logits at targets only**"
+    return "\n".join([title, "", *header, *rows, "", _footer(result)])
+
+
+def _preparing(result: dict[str, Any]) -> str:
+    figures = result["figures"]
+    rows = [
+        f"| tokens a second, to `datasets.map` with as many processes | {_spread(figures['to_datasets'])} |",
+        f"| the same data once more, times as fast | {figures['again_hone']['median']:.0f} |",
+    ]
+    title = "**Preparing chat rows, checked by the gate as they are tokenised**"
+    return "\n".join([title, "", "| | ratio (spread) |", "| --- | --- |", *rows, "", _footer(result)])
+
+
+def _preparing_memory(result: dict[str, Any]) -> str:
+    sizes = {name: f for name, f in result["figures"].items() if name != "ratio"}
+    rows = [f"| {f['tokens']:,} | {f['rows']:,} | {f['peak_mib']:,} MiB |" for f in sizes.values()]
+    header = ["| tokens | rows | peak memory of all processes |", "| --- | --- | --- |"]
+    title = f"**Preparing ten times as much takes {result['figures']['ratio']:.2f} times the memory**"
+    return "\n".join([title, "", *header, *rows, "", _footer(result)])
+
+
+def _spread(figure: dict[str, Any]) -> str:
+    return f"{figure['median']:.2f} ({figure['min']:.2f} to {figure['max']:.2f})"
 
 
 def _accuracy(result: dict[str, Any]) -> str:

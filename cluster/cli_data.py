@@ -10,12 +10,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cluster.cli_cache import cache
 from cluster.cli_run import HomeOption
 from cluster.terminal import notes, output
-from hone.data.report import MEANINGS, STOPPING, Part, Report
+from hone.data.formats import Row
+from hone.data.report import MEANINGS, STOPPING, Report, Summary
+from hone.data.rows import ReadRow
 from hone.errors import HoneError, RecipeError
 
-data = typer.Typer(help="Data: check.", no_args_is_help=True)
+data = typer.Typer(help="Data: check, cache.", no_args_is_help=True)
+data.add_typer(cache, name="cache")
 
 Paths = Annotated[
     list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URIs; or one recipe (.yaml).", show_default=False)
@@ -59,11 +63,11 @@ def check(
 
 def _look(paths: list[str], validation: list[str] | None, columns: dict[str, str], near: int) -> Report:
     from hone.data.files import find_files
-    from hone.data.gate import examine
-    from hone.data.rows import read_rows
+    from hone.data.gate import look_at, report
+    from hone.data.parts import cut
 
-    train, held = find_files(paths), find_files(validation) if validation else None
-    return examine(read_rows(train, columns=columns), read_rows(held, columns=columns) if held else None, near_rows=near)
+    looks = [look_at(cut(find_files(sources)), columns=columns, near_rows=near) for sources in (paths, validation) if sources]
+    return report(looks[0], looks[1] if validation else None, near_rows=near)
 
 
 def _look_by_recipe(path: str, home: str | None) -> tuple[Report, set[str]]:
@@ -92,15 +96,22 @@ def _columns(pairs: list[str] | None) -> dict[str, str]:
 def _write_redacted(paths: list[str], columns: dict[str, str], target: Path) -> None:
     """The good rows, as JSON Lines of their shape."""
     from hone.data.files import find_files
+    from hone.data.parts import cut
     from hone.data.private import redacted
     from hone.data.rows import read_rows
     from hone.storage import write_lines
 
     if target.exists():
         raise HoneError(f"{target}: is already there; name another file")
-    rows = (read.row for read in read_rows(find_files(paths), columns=columns) if read.row)
-    written = write_lines(target, (json.dumps(redacted(row), ensure_ascii=False) for row in rows))
+    good = (read for read in read_rows(cut(find_files(paths)), columns=columns) if read.row)
+    written = write_lines(target, (json.dumps(redacted(_text_row(read)), ensure_ascii=False) for read in good))
     notes().print(f"wrote {written:,} rows to {target}", markup=False)
+
+
+def _text_row(read: ReadRow) -> Row:
+    if read.content is not None or read.row is None:
+        raise HoneError(f"{read.file.name}: holds pictures or sounds, and --redact takes private data out of texts only")
+    return read.row
 
 
 def _print(report: Report, stops_on: set[str], console: Console) -> None:
@@ -120,9 +131,9 @@ def _print(report: Report, stops_on: set[str], console: Console) -> None:
         console.print(f"\n{note[0].upper()}{note[1:]}.", markup=False)
 
 
-def _part_lines(name: str, part: Part) -> Iterator[str]:
+def _part_lines(name: str, part: Summary) -> Iterator[str]:
     formats = ", ".join(f"{rows:,} {name}" for name, rows in part.formats.items())
-    yield f"{name}: {part.rows:,} rows in {part.files:,} file{'s' if part.files != 1 else ''} ({formats})"
+    yield f"{name}: {part.rows:,} rows in {part.files:,} file{'s' if part.files != 1 else ''}" + (f" ({formats})" if formats else "")
     if part.labels:
         total = sum(part.labels.values())
         yield from (f"  {label:<24} {count:>9,}  {count / total:6.1%}" for label, count in list(part.labels.items())[:20])

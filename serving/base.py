@@ -116,7 +116,8 @@ def load_engine(base: BaseModel, *, name: str, labels: list[str] | None, max_row
 
 def end_ids(tokenizer: Any) -> frozenset[int]:
     """Give a chat tokenizer its template where it has none, and find what ends an answer."""
-    ensure_template(tokenizer)
+    if ensure_template(tokenizer):
+        logger.info("%s has no chat template, so ChatML is used", tokenizer.name_or_path)
     return frozenset(end_of_turn_ids(tokenizer))
 
 

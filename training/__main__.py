@@ -21,6 +21,8 @@ from hone.storage import Home, write_json
 from hone.store import Store
 from training.job import RESULT_FILE
 
+SAID_BY_ITSELF = ("bad_rows", "cut_targets", "empty_targets")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one recipe; the exit code: 0 done, 1 a mistake or a failed run (said in one line), 130 interrupted."""
@@ -49,7 +51,7 @@ def _run(recipe: Recipe, *, home: Home, run_id: str, is_search: bool, console: C
     began = time.monotonic()
     # Heavy: torch and transformers. Imported once the recipe is known to be sound.
     from training.launch import fit, prepare_job
-    from training.progress import RunProgress
+    from training.progress import DataProgress, RunProgress
     from training.publish import check_export, publish
     from training.tuning import search
 
@@ -59,7 +61,8 @@ def _run(recipe: Recipe, *, home: Home, run_id: str, is_search: bool, console: C
         job, metrics, trial = found.job, found.metrics, found.lineage
         console.print(f"best of {trial['of']} trials: {trial['values']}, {trial['metric']} {metrics[trial['metric']]:.4f}")
     else:
-        job = prepare_job(recipe, home=home, run_id=run_id)
+        with DataProgress(console=console) as watch:
+            job = prepare_job(recipe, home=home, run_id=run_id, watch=watch)
         _say_what_was_prepared(job.data, console)
         with RunProgress(lambda: {job.folder: recipe.name}, console=console):
             metrics = fit(job)
@@ -74,14 +77,16 @@ def _run(recipe: Recipe, *, home: Home, run_id: str, is_search: bool, console: C
 
 def _say_what_was_prepared(data: Any, console: Console) -> None:
     notes = [f"{' and '.join(data.formats)}: {data.train_rows:,} training rows, {data.validation_rows:,} validation rows"]
+    if len(data.sources) > 1:
+        notes.append("an epoch sees " + ", ".join(f"{s.per_epoch:,} of {s.rows:,} rows of {s.name}" for s in data.sources))
     if data.bad_rows:
         notes.append(f"{data.bad_rows:,} bad rows left out")
     if data.cut_rows:
         notes.append(f"{data.cut_rows:,} rows cut at data.max_length")
     if data.dropped_rows:
         notes.append(f"{data.dropped_rows:,} rows left out, with nothing to learn within data.max_length")
-    notes += [f"{count:,} {MEANINGS[kind]}" for kind, count in data.findings.items() if kind != "bad_rows"]
-    console.print("; ".join(notes))
+    notes += [f"{count:,} {MEANINGS[kind]}" for kind, count in data.findings.items() if kind not in SAID_BY_ITSELF]
+    console.print("; ".join([*notes, *data.notes]))
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def _lineage(job: Job, trial: dict[str, Any] | None) -> str:
         f"- base fingerprint `{job.base_id.fingerprint[:16]}`, data digest `{job.data.digest[:16]}`",
         f"- {job.recipe.scaling.num_workers} workers, ZeRO stage {job.recipe.zero.stage}",
     ]
+    if len(job.data.sources) > 1:
+        lines += [f"- an epoch saw {each.per_epoch:,} of {each.rows:,} rows of {each.name} ({each.role})" for each in job.data.sources]
     if trial:
         lines.append(f"- best of {trial['of']} search trials by {trial['metric']}: {trial['id']} with {trial['values']}")
     return "\n".join(lines)

@@ -1,211 +1,225 @@
-"""From a data file to tokens in Arrow files, once: cached in the home under the digest of everything that shapes them.
+"""From a recipe's data to prepared rows: tokenised once, looked through, split into training and validation.
 
-Every worker, epoch, trial and retry memory-maps the same two files.
+Shards of tokens are shared by every recipe that reads the same files in the same way (`training/token_cache.py`); a prepared data set
+is which of their rows train and which validate. Every worker, epoch, trial and retry memory-maps the same files.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy.typing as npt
 
 from hone.base_model import BaseModel
-from hone.chat import ensure_template
-from hone.data.files import DataFile, find_files
-from hone.data.formats import Row
-from hone.data.gate import examine, row_digest
-from hone.data.readers import sha256_of
-from hone.data.report import MEANINGS, Report
-from hone.data.rows import BadRows, ReadRow, read_rows
+from hone.data.cache import SUMMARY_FILE, mark_used, split_folder
+from hone.data.files import find_files
+from hone.data.gate import joined, report
+from hone.data.report import MEANINGS
 from hone.errors import DataError
 from hone.recipe import Recipe
 from hone.storage import Home, digest_of, new_folder, write_text
-from training.batches import Rows
-from training.job import PreparedData
-from training.split import held_out
-from training.tasks import TASKS, Task
+from training.job import PreparedData, SourceRows
+from training.split import folds, held_out
+from training.tasks import TASKS
+from training.token_cache import Tokens, Watch, tokens_of, unwatched
+from training.token_rows import Shards
+from training.tokenise import NO_TEMPLATE, lacks_template, load_tokenizer
 
-LAYOUT = 2
-"""Raised whenever the same inputs would make different Arrow files."""
-SUMMARY_FILE = "prepared.json"
+LAYOUT = 1
+"""Raised whenever the same inputs would make a different split."""
 REPORT_FILE = "report.json"
-SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("n_targets", pa.int32())])
+SHAPING = {"validation_fraction", "folds", "fold", "stratify", "stop_on", "max_bad_fraction", "retain_fraction"}
+"""Settings that decide which rows train, beside those that shape the tokens."""
 
 
-class TokenRows:
-    """Tokenised rows, memory-mapped."""
+@dataclass(frozen=True)
+class _Source:
+    """Some rows of the recipe, and what part they play."""
 
-    def __init__(self, path: Path) -> None:
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
-        ids = self._table["input_ids"]
-        self.lengths: Rows = np.asarray(pc.list_value_length(ids), dtype=np.int64)
-        """Tokens of each row."""
-        self.n_targets: Rows = np.asarray(self._table["n_targets"], dtype=np.int64)
-        """What the loss averages over, for each row."""
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def take(self, rows: Rows) -> list[dict[str, Any]]:
-        """Rows by number: input_ids and labels, as arrays over the file itself."""
-        columns = {name: self._table[name] for name in ("input_ids", "labels")}
-        return [{name: column[int(n)].values.to_numpy() for name, column in columns.items()} for n in rows]
+    role: str
+    """train, mix, retain or validation."""
+    name: str
+    tokens: Tokens
+    weight: float = 1.0
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The base's tokenizer, with a pad token and a chat template in any case."""
-    from transformers import AutoTokenizer
+def prepare_data(recipe: Recipe, base: BaseModel, *, home: Home, watch: Watch = unwatched) -> PreparedData:
+    """Read, check, tokenise and split the recipe's data, or find that done.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    ensure_template(tokenizer)
-    return tokenizer
-
-
-def prepare_data(recipe: Recipe, base: BaseModel, *, home: Home) -> PreparedData:
-    """Read, check, split and tokenise the recipe's data, or find that done.
+    Args:
+        watch: Told how far each source is.
 
     Raises:
-        DataError: bad files or rows, classes in validation that training never names, or no targets left within max_length.
+        DataError: bad files or rows, findings that the recipe stops at, or no targets left within max_length.
     """
-    task, data = TASKS[recipe.task], recipe.data
-    files = {"train": find_files(data.train), "validation": find_files(data.validation) if data.validation else []}
-    digest = digest_of(
-        {
-            "layout": LAYOUT,
-            "task": recipe.task,
-            "data": data.model_dump(exclude={"train", "validation"}),
-            "files": {part: [_fingerprint(file) for file in each] for part, each in files.items()},
-            "tokenizer": base.id.fingerprint,
-            "seed": recipe.train.seed,
-        }
-    )
-    folder = home.datasets / digest[:32]
+    sources = _sources(recipe, base, home=home, watch=watch)
+    each = [[source.role, source.weight, source.tokens.digest] for source in sources]
+    digest = digest_of({"layout": LAYOUT, "sources": each, "seed": recipe.train.seed, **recipe.data.model_dump(include=SHAPING)})
+    folder = split_folder(home, digest)
     if not (folder / SUMMARY_FILE).exists():
-        found = _read(recipe, task, files)
+        try:
+            prepared = _Prepared(recipe, sources)
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename}: prepared data was removed while it was read; start again") from None
         with new_folder(folder) as staging:
-            _encode_all(recipe, task, base, found, staging, digest)
+            for part, rows in (("train", prepared.train), ("validation", prepared.validation)):
+                np.save(staging / f"{part}.npy", rows)
+            summary = prepared.summary(digest, base)
+            write_text(staging / REPORT_FILE, prepared.report.model_dump_json(indent=2))
+            write_text(staging / SUMMARY_FILE, summary.model_dump_json(indent=2))
+    mark_used(folder)
     summary = PreparedData.model_validate_json((folder / SUMMARY_FILE).read_bytes())
-    return summary.model_copy(update={"folder": folder})
+    return summary.model_copy(update={"folder": folder, "shards": [shard for source in sources for shard in source.tokens.shards]})
 
 
-@dataclass
-class _Found:
-    """Checked rows, and what is to be said of them."""
-
-    train: list[Row]
-    validation: list[Row]
-    report: Report
-
-
-def _fingerprint(file: DataFile) -> list[str | None]:
-    """What of a file shapes its rows: every byte, what kind it is, and for a picture the folder that names its class."""
-    return [sha256_of(file), file.kind, file.class_folder]
-
-
-def _read(recipe: Recipe, task: Task, files: dict[str, list[DataFile]]) -> _Found:
-    """Every good row, split into training and validation.
-
-    Raises:
-        DataError: more bad rows than the recipe allows, none that are good, or a finding that the recipe stops at.
-    """
+def _sources(recipe: Recipe, base: BaseModel, *, home: Home, watch: Watch) -> list[_Source]:
+    """All of them, in the order in which their rows are numbered: those that train, then validation."""
     data = recipe.data
-    read = {part: list(read_rows(each, shape=task.shape, columns=data.columns)) for part, each in files.items()}
-    _refuse_bad_rows(recipe, [row for rows in read.values() for row in rows])
-    for part, each in files.items():
-        if each and not any(row.row for row in read[part]):
-            raise DataError(f"{each[0].name}{' and others' if len(each) > 1 else ''}: no rows")
-    if not files["validation"] and data.validation_fraction:
-        read = _split(recipe, read["train"])
-    report = examine(read["train"], read["validation"] or None, near_rows=data.near_duplicate_rows)
-    for finding in report.stopping(data.stop_on):
-        where = f" ({finding.where[0]})" if finding.where else ""
-        raise DataError(f"{MEANINGS[finding.kind]}: {finding.count}{where}; mend the data, or take {finding.kind} out of data.stop_on")
-    train, validation = ([row.row for row in read[part] if row.row] for part in ("train", "validation"))
-    return _Found(train, validation, report)
+    named: list[tuple[str, str | list[str] | None, dict[str, str] | None, float]] = [
+        ("train", data.train, None, 1.0),
+        *(("mix", mixed.source, mixed.columns, mixed.weight) for mixed in data.mix),
+        ("retain", data.retain, None, 1.0),
+        ("validation", data.validation, None, 1.0),
+    ]
+    made = []
+    for role, paths, columns, weight in named:
+        if paths:
+            files = find_files(paths)
+            tokens = tokens_of(files, recipe, base, columns=columns or data.columns, home=home, watch=watch)
+            made.append(_Source(role, _named(paths), tokens, weight))
+    return made
 
 
-def _refuse_bad_rows(recipe: Recipe, rows: list[ReadRow]) -> None:
-    bad = BadRows()
-    for row in rows:
-        if row.row is None:
-            bad.add(row)
-    if bad.count > recipe.data.max_bad_fraction * len(rows):
-        raise DataError(bad.message())
+class _Prepared:
+    """Which rows train and which validate, by their numbers over all shards."""
 
+    def __init__(self, recipe: Recipe, sources: Sequence[_Source]) -> None:
+        self._recipe, self._sources = recipe, sources
+        self._refuse_bad_rows()
+        shards = [Shards(source.tokens.shards) for source in sources]
+        self._of_source = np.repeat(np.arange(len(shards)), [len(each) for each in shards])
+        validates = self._validates(shards)
+        has_targets = _column(shards, "n_targets") > 0
+        self.train, self.validation = np.flatnonzero(~validates & has_targets), np.flatnonzero(validates & has_targets)
+        self._apart = self._leave_out_twins(shards)
+        held = [source.tokens.look for source in sources if source.role == "validation"]
+        seen = joined([source.tokens.look for source in sources if source.role != "validation"])
+        self.labels = TASKS[recipe.task].find_labels(seen.labels)
+        self.report = report(seen, held[0] if held else None, near_rows=recipe.data.near_duplicate_rows)
+        self._dropped = int((~validates & ~has_targets).sum())
+        self._refuse_findings()
 
-def _split(recipe: Recipe, read: list[ReadRow]) -> dict[str, list[ReadRow]]:
-    """Training and validation rows. The same row never stands on both sides."""
-    data, good = recipe.data, [row for row in read if row.row]
-    labels = [str(row.row.get("label")) for row in good if row.row]
-    groups = [row_digest(row.row) for row in good if row.row]
-    chosen = held_out(groups, fraction=data.validation_fraction, seed=recipe.train.seed, strata=labels if data.stratify else None)
-    if not 0 < chosen.sum() < len(good):
-        raise DataError(
-            f"{_named(data.train)}: {len(good)} rows are too few to hold out {data.validation_fraction:.0%}; "
-            "give data.validation a file, or set data.validation_fraction=0"
+    def summary(self, digest: str, base: BaseModel) -> PreparedData:
+        counts = {finding.kind: finding.count for finding in self.report.findings}
+        return PreparedData(
+            digest=digest,
+            train_rows=len(self.train),
+            validation_rows=len(self.validation),
+            sources=self._per_epoch(),
+            cut_rows=counts.get("cut_targets", 0),
+            dropped_rows=self._dropped,
+            formats=list(self.report.train.formats),
+            bad_rows=counts.get("bad_rows", 0),
+            findings=counts,
+            pad_token_id=load_tokenizer(base.folder).pad_token_id,
+            max_length=min(self._recipe.data.max_length, base.max_context),
+            labels=self.labels,
+            notes=self._notes(base),
         )
-    bad = [row for row in read if not row.row]
-    return {
-        "train": bad + [row for row, is_out in zip(good, chosen, strict=True) if not is_out],
-        "validation": [row for row, is_out in zip(good, chosen, strict=True) if is_out],
-    }
+
+    def _notes(self, base: BaseModel) -> list[str]:
+        notes = [f"{self._apart:,} training rows left out, because they or their group also validate"] if self._apart else []
+        return [*notes, NO_TEMPLATE] if TASKS[self._recipe.task].shape == "chat" and lacks_template(base.folder) else notes
+
+    def _per_epoch(self) -> list[SourceRows]:
+        """What an epoch sees of each source that trains."""
+        training = [source for source in self._sources if source.role != "validation"]
+        rows = np.bincount(self._of_source[self.train], minlength=len(training)).tolist()
+        wanted = [max(1, round(count * source.weight)) for count, source in zip(rows, training, strict=True)]
+        if training[-1].role == "retain":
+            share = self._recipe.data.retain_fraction
+            wanted[-1] = max(1, round(sum(wanted[:-1]) * share / (1 - share))) if share else 0
+        return [
+            SourceRows(name=source.name, role=source.role, rows=count, per_epoch=each)
+            for source, count, each in zip(training, rows, wanted, strict=True)
+        ]
+
+    def _refuse_bad_rows(self) -> None:
+        looks = [source.tokens.look for source in self._sources]
+        bad = sum(look.counts["bad_rows"] for look in looks)
+        good = sum(len(look.digests) for look in looks)
+        if bad > self._recipe.data.max_bad_fraction * (bad + good):
+            found = report(joined(looks), near_rows=0)
+            [rows] = [finding for finding in found.findings if finding.kind == "bad_rows"]
+            more = [f"... and {rows.count - len(rows.where)} more bad rows"] if rows.count > len(rows.where) else []
+            raise DataError("\n".join([*rows.where, *more]))
+        for source in self._sources:
+            if not source.tokens.look.digests:
+                raise DataError(f"{source.name}: no rows")
+
+    def _validates(self, shards: Sequence[Shards]) -> npt.NDArray[np.bool_]:
+        """True for each row that validates. The same row, and rows of one group, never stand on both sides of a split."""
+        validates = np.zeros(len(self._of_source), dtype=bool)
+        if self._sources[-1].role == "validation":
+            validates[self._of_source == len(self._sources) - 1] = True
+            return validates
+        data, seed, look = self._recipe.data, self._recipe.train.seed, self._sources[0].tokens.look
+        strata = shards[0].codes("label") if data.stratify and look.labels else None
+        groups = shards[0].column("group")
+        if data.folds:
+            chosen = folds(groups, k=data.folds, seed=seed, strata=strata) == data.fold
+        else:
+            chosen = held_out(groups, fraction=data.validation_fraction, seed=seed, strata=strata)
+        if (data.folds or data.validation_fraction) and not 0 < chosen.sum() < len(chosen):
+            what = "groups" if data.group_by else "rows"
+            how_many = f"split into {data.folds} folds" if data.folds else f"hold out {data.validation_fraction:.0%}"
+            raise DataError(
+                f"{_named(data.train)}: {len(np.unique(groups))} {what} are too few to {how_many}; "
+                "give data.validation a file, or set data.validation_fraction=0"
+            )
+        validates[: len(chosen)] = chosen
+        return validates
+
+    def _leave_out_twins(self, shards: Sequence[Shards]) -> int:
+        """Training rows do not stand among the rows held out, from another source, say, and share no group with them; how many did.
+
+        The same rows in a validation file of their own are leakage, which the report tells.
+        """
+        is_own_file = self._sources[-1].role == "validation"
+        names = ("digest", *(("group",) if self._recipe.data.group_by else ()))
+        before = len(self.train)
+        for name in names[is_own_file:]:
+            values = _column(shards, name)
+            self.train = self.train[~np.isin(values[self.train], values[self.validation])]
+        return before - len(self.train)
+
+    def _refuse_findings(self) -> None:
+        data, found = self._recipe.data, {finding.kind: finding for finding in self.report.findings}
+        if self.labels is not None and "unknown_labels" in found:
+            raise DataError(
+                f"{_named(data.validation or data.train)}: validation has classes that training never names: "
+                f"{', '.join(found['unknown_labels'].where[:5])}; training names {', '.join(self.labels[:10])}"
+            )
+        for finding in self.report.stopping(data.stop_on):
+            where = f" ({finding.where[0]})" if finding.where else ""
+            raise DataError(f"{MEANINGS[finding.kind]}: {finding.count}{where}; mend the data, or take {finding.kind} out of data.stop_on")
+        for number, source in enumerate(self._sources):
+            side, what = (self.validation, "validate") if source.role == "validation" else (self.train, "learn")
+            if not (self._of_source[side] == number).any():
+                why = f"; {self._apart:,} rows also validate, or their group does" if self._apart else ""
+                raise DataError(
+                    f"{source.name}: no row has anything to {what} within data.max_length {data.max_length} tokens; raise it{why}"
+                )
+        if (data.validation_fraction or data.folds) and not len(self.validation):
+            raise DataError(
+                f"{_named(data.train)}: no row that was held out has anything to learn within data.max_length {data.max_length} tokens; "
+                "raise it, or hold out more"
+            )
+
+
+def _column(shards: Sequence[Shards], name: str) -> npt.NDArray[np.uint64]:
+    return np.concatenate([each.column(name) for each in shards])
 
 
 def _named(sources: str | list[str]) -> str:
     return sources if isinstance(sources, str) else ", ".join(sources)
-
-
-def _encode_all(recipe: Recipe, task: Task, base: BaseModel, found: _Found, folder: Path, digest: str) -> None:
-    tokenizer = load_tokenizer(base.folder)
-    labels = task.find_labels(found.train)
-    _refuse_unknown_labels(recipe, labels, found.validation)
-    max_length = min(recipe.data.max_length, base.max_context)
-    n_train, cut, dropped = _encode(task, tokenizer, found.train, folder / "train.arrow", max_length, labels)
-    if not n_train:
-        raise DataError(f"{_named(recipe.data.train)}: no row has anything to learn within data.max_length {max_length} tokens; raise it")
-    n_validation, _, _ = _encode(task, tokenizer, found.validation, folder / "validation.arrow", max_length, labels)
-    summary = PreparedData(
-        folder=folder,
-        digest=digest,
-        train_rows=n_train,
-        validation_rows=n_validation,
-        cut_rows=cut,
-        dropped_rows=dropped,
-        pad_token_id=tokenizer.pad_token_id,
-        labels=labels,
-        formats=list(found.report.train.formats),
-        bad_rows=sum(finding.count for finding in found.report.findings if finding.kind == "bad_rows"),
-        findings={finding.kind: finding.count for finding in found.report.findings},
-    )
-    write_text(folder / REPORT_FILE, found.report.model_dump_json(indent=2))
-    write_text(folder / SUMMARY_FILE, summary.model_dump_json(indent=2))
-
-
-def _encode(task: Task, tokenizer: Any, rows: Sequence[Row], path: Path, max_length: int, labels: list[str] | None) -> tuple[int, int, int]:
-    """Write one Arrow file; (rows written, rows cut, rows dropped)."""
-    encoded = [task.encode(row, tokenizer, max_length=max_length, labels=labels) for row in rows]
-    kept = [row for row, _ in encoded if row.n_targets]
-    columns = [
-        pa.array([row.input_ids for row in kept], SCHEMA.field("input_ids").type),
-        pa.array([row.labels for row in kept], SCHEMA.field("labels").type),
-        pa.array([row.n_targets for row in kept], pa.int32()),
-    ]
-    with pa.ipc.new_file(str(path), SCHEMA) as writer:
-        writer.write_table(pa.table(columns, schema=SCHEMA))
-    return len(kept), sum(cut for _, cut in encoded), len(encoded) - len(kept)
-
-
-def _refuse_unknown_labels(recipe: Recipe, labels: list[str] | None, validation: list[Row]) -> None:
-    if labels is None:
-        return
-    unknown = sorted({row["label"] for row in validation} - set(labels))
-    if unknown:
-        raise DataError(
-            f"{_named(recipe.data.validation or recipe.data.train)}: validation has classes that training never names: "
-            f"{', '.join(unknown[:5])}; training names {', '.join(labels[:10])}"
-        )

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.data import TokenRows
 from training.forward import Batcher, sum_over_workers
 from training.tasks import Task
+from training.token_rows import TokenRows
 from training.worker import Worker
 
 
@@ -16,7 +16,7 @@ def evaluate(engine: Any, rows: TokenRows, task: Task, batcher: Batcher, worker:
     """`eval_loss` (mean cross entropy over targets) and `eval_<accuracy_name>`, the same on every rank."""
     engine.eval()
     totals = torch.zeros(2, dtype=torch.float64)
-    for batch in batcher.batches(rows, batcher.portions(np.arange(len(rows)), rows.lengths, scale=2)):
+    for batch in batcher.batches(rows.take, batcher.portions(np.arange(len(rows)), rows.lengths, scale=2)):
         loss, right = engine(batch)
         totals += torch.stack([loss, right]).to(totals)
     loss_sum, n_right = sum_over_workers(totals, device=engine.device, worker=worker).tolist()

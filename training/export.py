@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from hone.errors import RunFailedError
-from training.data import TokenRows
 from training.forward import Batcher
 from training.job import Job
 from training.model import gathered
 from training.tasks.task import pad
+from training.token_rows import TokenRows
 from training.worker import Worker
 
 GOLDEN_FILE = "golden.safetensors"

@@ -1,6 +1,6 @@
 """The forward pass that training, evaluation and export share: which rows make a batch, and the model with its task round it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ import torch.distributed as dist
 from hone.recipe import TrainSettings
 from training import attention
 from training.batches import Rows, deal, deal_packed
-from training.data import TokenRows
 from training.tasks import Batch, Task
 from training.worker import Worker
 
@@ -56,10 +55,10 @@ class Batcher:
         passes = -(-len(rows) // (world_size * each))
         return deal(rows, lengths, rank=rank, world_size=world_size, micro_batches=passes)
 
-    def batches(self, data: TokenRows, portions: list[Rows]) -> Iterator[Batch]:
-        """Tensors of each portion."""
+    def batches(self, take: Callable[[Rows], list[dict[str, Any]]], portions: list[Rows]) -> Iterator[Batch]:
+        """Tensors of each portion, whose rows `take` gives."""
         for portion in portions:
-            yield self.batch(data.take(portion))
+            yield self.batch(take(portion))
 
     def batch(self, rows: list[dict[str, Any]]) -> Batch:
         """Tensors of some rows. Without any, of one that counts for nothing: ZeRO's collectives need every rank there."""

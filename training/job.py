@@ -15,17 +15,34 @@ FAILURE_FILE = "failure.json"
 EXPORT_FOLDER = "export"
 
 
+class SourceRows(BaseModel):
+    """Training rows of one source."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    role: str
+    """train, mix or retain."""
+    rows: int
+    per_epoch: int
+    """How many rows of it an epoch sees."""
+
+
 class PreparedData(BaseModel):
     """Tokenised rows on disk, ready to be memory-mapped."""
 
     model_config = ConfigDict(frozen=True)
 
-    folder: Path
+    folder: Path = Path()
+    shards: list[Path] = []
+    """Tokens of all rows, of training and validation; train.npy and validation.npy in the folder number those of each."""
     digest: str
     train_rows: int
     validation_rows: int
+    sources: list[SourceRows] = []
+    """Where the training rows are from, in the order in which train.npy numbers them."""
     cut_rows: int
-    """Training rows longer than max_length, cut at its end."""
+    """Rows whose targets max_length cuts."""
     dropped_rows: int
     """Training rows with no target left within max_length."""
     formats: list[str]
@@ -35,15 +52,11 @@ class PreparedData(BaseModel):
     findings: dict[str, int]
     """What the gate found, and how often; report.json beside the rows says where."""
     pad_token_id: int
+    max_length: int
+    """Tokens a row, at most: the recipe's, or the base's where that is less."""
     labels: list[str] | None = None
-
-    @property
-    def train_file(self) -> Path:
-        return self.folder / "train.arrow"
-
-    @property
-    def validation_file(self) -> Path:
-        return self.folder / "validation.arrow"
+    notes: list[str] = []
+    """What else the user should know."""
 
 
 class Job(BaseModel):

@@ -17,9 +17,10 @@ from training.failures import raise_recorded_failure, record_failure
 from training.job import Job
 from training.metrics import read_metrics
 from training.resources import plan_workers
+from training.token_cache import Watch, unwatched
 
 
-def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None = None) -> Job:
+def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None = None, watch: Watch = unwatched) -> Job:
     """Check base, data, method and resources, tokenise, and write the run folder. Nothing is written where something is wrong.
 
     Raises:
@@ -29,7 +30,7 @@ def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None 
 
     home.ready()
     base = find_base_model(recipe.base, home=home, revision=recipe.revision)
-    data = prepare_data(recipe, base, home=home)
+    data = prepare_data(recipe, base, home=home, watch=watch)
     if recipe.search and recipe.search.metric.startswith("eval_") and not data.validation_rows:
         raise DataError("search.metric is measured on validation rows, and there are none; set data.validation or data.validation_fraction")
     check_model(recipe, base, labels=data.labels)

@@ -1,21 +1,24 @@
 """What every worker runs, top to bottom: model, DeepSpeed, steps, validation, checkpoints, export."""
 
 import time
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from hone.recipe import Recipe
-from training.batches import BatchPlan
+from training.augmented import augmented
+from training.batches import BatchPlan, Mixed
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import TokenRows
 from training.evaluate import evaluate
 from training.export import export
 from training.forward import Batcher, TaskModule, choose_packing, sum_over_workers
-from training.job import Job
+from training.job import Job, SourceRows
 from training.metrics import MetricsFile
 from training.model import build_model, choose_dtype
 from training.optim import learning_rate, make_optimizer, set_learning_rate
 from training.tasks import TASKS
+from training.token_rows import TokenRows
 from training.worker import Worker
 from training.zero import deepspeed_config, prepare_deepspeed, sharded_loading
 
@@ -27,8 +30,9 @@ def train(job: Job, worker: Worker) -> None:
     device = torch.device("cuda", worker.local_rank) if job.use_gpu else torch.device("cpu")
     dtype = choose_dtype(recipe, use_gpu=job.use_gpu)
 
-    rows, validation = TokenRows(job.data.train_file), TokenRows(job.data.validation_file)
-    plan = batch_plan(recipe, len(rows))
+    rows, validation = TokenRows(job.data, "train"), TokenRows(job.data, "validation")
+    take = augmented(rows, job, task)
+    plan = batch_plan(recipe, job.data.sources)
     eval_steps = recipe.train.eval_steps or plan.steps_per_epoch
     save_steps = recipe.train.save_steps or eval_steps
 
@@ -58,7 +62,7 @@ def train(job: Job, worker: Worker) -> None:
 
         engine.train()
         totals = torch.zeros(2, dtype=torch.float64)  # summed loss, right answers
-        for n, batch in enumerate(batcher.batches(rows, portions), start=1):
+        for n, batch in enumerate(batcher.batches(partial(take, step), portions), start=1):
             engine.set_gradient_accumulation_boundary(n == len(portions))
             loss, right = engine(batch)
             # DeepSpeed averages gradients over workers; together with this factor that makes the mean over the global batch's targets.
@@ -93,10 +97,10 @@ def train(job: Job, worker: Worker) -> None:
     metrics.close()
 
 
-def batch_plan(recipe: Recipe, n_rows: int) -> BatchPlan:
-    """The steps of a recipe over so many rows."""
+def batch_plan(recipe: Recipe, sources: Sequence[SourceRows]) -> BatchPlan:
+    """The steps of a recipe over these rows."""
     return BatchPlan(
-        n_rows=n_rows,
+        sources=tuple(Mixed(source.rows, source.per_epoch) for source in sources),
         global_batch_size=recipe.train.global_batch_size,
         epochs=recipe.train.num_train_epochs,
         max_steps=recipe.train.max_steps,

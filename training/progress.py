@@ -9,13 +9,60 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from training.metrics import MetricsFollower
 
 POLL_S = 0.25
 LOG_EVERY_S = 10.0
 SPEED_OVER_STEPS = 20
+
+
+class DataProgress:
+    """How far the preparation of data is: call it with a name, what is done and of how much (bytes)."""
+
+    def __init__(self, *, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("preparing {task.description}"),
+            BarColumn(bar_width=20),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._began = self._next_log = time.monotonic()
+
+    def __enter__(self) -> "DataProgress":
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(Path(name).name, total=total)
+            self._began, self._next_log = time.monotonic(), time.monotonic() + LOG_EVERY_S
+        self._bars.update(self._tasks[name], completed=done)
+        now = time.monotonic()
+        if done and not self._console.is_terminal and now >= self._next_log:
+            self._next_log = now + LOG_EVERY_S
+            left_s = (now - self._began) * (total - done) / done
+            self._console.print(f"preparing {name}: {done / total:.0%}, about {left_s:.0f} s left", highlight=False)
 
 
 class RunProgress:

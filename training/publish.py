@@ -11,9 +11,9 @@ from hone.manifest import AdapterManifest, FileEntry, Lineage
 from hone.registry import Registry
 from hone.storage import Home, write_text
 from training.card import card
-from training.data import load_tokenizer
 from training.job import Job
 from training.model import choose_dtype
+from training.tokenise import load_tokenizer
 
 METRICS_KEPT = ("loss", "eval_", "base_eval_")
 

@@ -13,7 +13,7 @@ from hone.recipe import Choice, Distribution, GridSearch, LogUniform, RandInt, R
 from hone.storage import Home, write_text
 from training.job import Job
 from training.launch import final_metrics, fit, prepare_job
-from training.progress import RunProgress
+from training.progress import DataProgress, RunProgress
 
 TRIAL_FILE = "trial.json"
 DRIVER_RESOURCES = {"CPU": 0, "memory": 256 * 2**20}
@@ -54,7 +54,8 @@ def search(recipe: Recipe, *, home: Home, run_id: str, console: Console) -> Sear
     if settings is None:
         raise RecipeError("this recipe has no search: section, so there is nothing to try; add search.space")
     # Prepared once here: bad data or settings end the search before it starts, and every trial finds the tokens in the cache.
-    folder = prepare_job(recipe, home=home, run_id=run_id).folder
+    with DataProgress(console=console) as watch:
+        folder = prepare_job(recipe, home=home, run_id=run_id, watch=watch).folder
     trials_folder = folder / "trials"
     trials_folder.mkdir()
     with RunProgress(lambda: _labels(trials_folder), console=console):

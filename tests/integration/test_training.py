@@ -150,7 +150,7 @@ def kill_one_worker_after(job: Job, step: int) -> None:
 
 def test_a_mistake_on_a_worker_ends_the_run_at_once_with_its_reason(llama: Path, rows: Path, home: Home) -> None:
     job = prepare_job(recipe(llama, rows, scaling={"max_failures": 3}), home=home, run_id="r1")
-    job.data.train_file.write_bytes(b"not an Arrow file")
+    job.data.shards[0].write_bytes(b"not an Arrow file")
     with pytest.raises(RunFailedError, match=r"Invalid.*worker \d; traceback in .*failure.json"):
         fit(job)
 

@@ -11,13 +11,14 @@ import torch
 from hone.base_model import find_base_model
 from hone.recipe import Recipe, parse_recipe
 from hone.storage import Home
-from training.data import TokenRows, prepare_data
+from training.data import prepare_data
 from training.launch import fit, prepare_job
 from training.loop import batch_plan
 from training.metrics import read_metrics
 from training.model import build_model
 from training.optim import learning_rate, make_optimizer
 from training.tasks import TASKS
+from training.token_rows import TokenRows
 
 STEPS = 20
 
@@ -61,8 +62,8 @@ def label_file(tmp_path: Path) -> Path:
 def plain_losses(chosen: Recipe, home: Home, job: Any) -> list[float]:
     """The same recipe in one process of ordinary torch: no Ray, no DeepSpeed, one batch a step."""
     prepared = prepare_data(chosen, find_base_model(chosen.base, home=home), home=home)
-    rows, task = TokenRows(prepared.train_file), TASKS[chosen.task]
-    plan = batch_plan(chosen, len(rows))
+    rows, task = TokenRows(prepared, "train"), TASKS[chosen.task]
+    plan = batch_plan(chosen, prepared.sources)
     model = build_model(job, dtype=torch.float32, sharded=False).train()
     optimizer = make_optimizer(model, chosen.optim)
     losses = []

@@ -1,15 +1,16 @@
 """`chat`: a causal language model learns the assistant's turns; nothing else counts in the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from hone.base_model import BaseModel
-from hone.chat import encode_chat
+from hone.chat import EncodedChat, encode_chats
 from hone.data.formats import Row
-from hone.errors import BaseModelError
+from hone.errors import BaseModelError, DataError
 from training.tasks import causal
 from training.tasks.task import Batch, Encoded, TokenRow
 
@@ -28,15 +29,11 @@ class Chat:
             kinds = ", ".join(base.config.get("architectures") or ["unknown"])
             raise BaseModelError(f"{base.id.name}: task chat needs a causal language model, and this is {kinds}")
 
-    def find_labels(self, rows: Sequence[Row]) -> list[str] | None:  # noqa: ARG002 - the protocol's signature
+    def find_labels(self, counted: Mapping[str, int]) -> list[str] | None:  # noqa: ARG002 - the protocol's signature
         return None
 
-    def encode(self, row: Row, tokenizer: Any, *, max_length: int, labels: list[str] | None) -> tuple[Encoded, bool]:  # noqa: ARG002
-        chat = encode_chat(tokenizer, row["messages"], tools=row.get("tools"))
-        ids, targets = chat.input_ids[:max_length], chat.is_target[:max_length]
-        # The first token has nothing before it to be predicted from.
-        marked = [token if wanted and n else causal.IGNORED for n, (token, wanted) in enumerate(zip(ids, targets, strict=True))]
-        return Encoded(ids, marked, sum(label != causal.IGNORED for label in marked)), len(chat.input_ids) > max_length
+    def encode(self, rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Encoded | DataError]:
+        return [chat if isinstance(chat, DataError) else _encoded(chat, max_length) for chat in encode_chats(tokenizer, rows)]
 
     def model_class(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -64,3 +61,10 @@ class Chat:
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         return causal.logits_at(model, batch, batch["last"])
+
+
+def _encoded(chat: EncodedChat, max_length: int) -> Encoded:
+    ids, is_target = chat.input_ids[:max_length], chat.is_target[:max_length].copy()
+    is_target[:1] = False  # the first token has nothing before it to be predicted from
+    labels = np.where(is_target, ids, causal.IGNORED).astype(np.int32)
+    return Encoded(ids, labels, int(is_target.sum()), length=len(chat.input_ids))

@@ -1,16 +1,18 @@
 """What a task is, and the padding that all of them share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hone.base_model import BaseModel
 from hone.data.formats import Row
+from hone.errors import DataError
 
 Batch = dict[str, torch.Tensor]
 TokenRow = dict[str, Any]
@@ -19,11 +21,17 @@ TokenRow = dict[str, Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as tokens. `n_targets` counts what the loss averages over: predicted tokens, or 1 for a labelled row."""
+    """One row as tokens, cut to max_length."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    """For each token itself where it is to be predicted, else -100; empty where the whole row has one label."""
     n_targets: int
+    """What the loss averages over: predicted tokens, or 1 for a labelled row."""
+    length: int
+    """Tokens before it was cut."""
+    label: str | None = None
+    """Its class."""
 
 
 class Task(Protocol):
@@ -41,11 +49,11 @@ class Task(Protocol):
     def check_base(self, base: BaseModel) -> None:
         """Raise BaseModelError where the base cannot do this task."""
 
-    def find_labels(self, rows: Sequence[Row]) -> list[str] | None:
-        """The classes that the training rows name, in head order, or None where the task has none."""
+    def find_labels(self, counted: Mapping[str, int]) -> list[str] | None:
+        """The classes in head order, of those that the training rows name (and how often), or None where the task has none."""
 
-    def encode(self, row: Row, tokenizer: Any, *, max_length: int, labels: list[str] | None) -> tuple[Encoded, bool]:
-        """Tokens and targets of one row, and whether it was cut to max_length."""
+    def encode(self, rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Encoded | DataError]:
+        """Tokens and targets of rows, or what is wrong with one."""
 
     def model_class(self) -> Any:
         """The transformers auto class that loads a base for this task."""

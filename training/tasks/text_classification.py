@@ -1,9 +1,10 @@
 """`text-classification`: an encoder (or decoder) with a new head names the class of a text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -28,20 +29,15 @@ class TextClassification:
     def check_base(self, base: BaseModel) -> None:
         """Every base with a sequence-classification class in transformers will do; loading says if there is none."""
 
-    def find_labels(self, rows: Sequence[Row]) -> list[str] | None:
-        if any("label" not in row for row in rows):
-            raise DataError("task text-classification learns one class a row, in the column 'label'; these rows have 'labels' or 'number'")
-        labels = sorted({row["label"] for row in rows})
-        if len(labels) < 2:
-            raise DataError(f"the training rows name only one class, {labels[0]!r}; a classifier needs at least two")
-        return labels
+    def find_labels(self, counted: Mapping[str, int]) -> list[str] | None:
+        if len(counted) < 2:
+            raise DataError(f"the training rows name only one class, {next(iter(counted), None)!r}; a classifier needs at least two")
+        return sorted(counted)
 
-    def encode(self, row: Row, tokenizer: Any, *, max_length: int, labels: list[str] | None) -> tuple[Encoded, bool]:
-        ids = tokenizer(row["text"])["input_ids"]
-        cut = len(ids) > max_length
-        if cut:
-            ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
-        return Encoded(list(ids), [(labels or []).index(row["label"])], 1), cut
+    def encode(self, rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Encoded | DataError]:
+        whole = tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
+        cut = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
+        return [_encoded(row, ids, len(full)) for row, ids, full in zip(rows, cut, whole, strict=True)]
 
     def model_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -77,3 +73,9 @@ class TextClassification:
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return logits
+
+
+def _encoded(row: Row, ids: list[int], length: int) -> Encoded | DataError:
+    if "label" not in row:
+        return DataError("task text-classification learns one class a row, in the column 'label'; this row has 'labels' or 'number'")
+    return Encoded(np.asarray(ids, dtype=np.int32), np.empty(0, dtype=np.int32), 1, length=length, label=row["label"])
