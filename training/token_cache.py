@@ -4,6 +4,7 @@ A folder of shards appears in one rename when all of it is there. Processes that
 them; when it dies, its lock dies with it and the next one begins anew in a folder of its own.
 """
 
+import gc
 import json
 import logging
 import os
@@ -155,6 +156,7 @@ def _shards(bundles: Sequence[list[Part]], near_rows: Sequence[int], work: Token
 def _tokenise_row(row: dict[str, Any], *, work: Tokenising) -> dict[str, Any]:
     """One bundle, on a worker of Ray Data. What the user has to mend is an answer: what is raised, Ray would wrap and retry."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one CPU was asked for
+    gc.freeze()  # what is loaded by now lives on, and need not be looked through while rows come and go
     shard: Shard | HoneError
     try:
         shard = tokenise(pickle.loads(row["bundle"]), row["number"], work, near_rows=row["near_rows"])
