@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-ROOMS := hone training serving cluster
+ROOMS := hone models training serving cluster
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help

@@ -28,6 +28,8 @@ TOKENIZER_SETTINGS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PROCESSOR_FILE = "preprocessor_config.json"
+"""How pictures or sounds become what the model reads, where it reads those."""
 SAMPLED_ABOVE_BYTES = 64 * 2**20
 SAMPLES = 64
 SAMPLE_BYTES = 2**20
@@ -74,15 +76,16 @@ def fingerprint(folder: Path) -> str:
     Weight files above 64 MiB are sampled (their size, their first MiB and 64 MiB spread evenly), so that fingerprinting a 140 GB base
     takes seconds; everything else is read whole. The safetensors header, with every tensor's name, type and shape, is in the first MiB.
     """
-    names = ["config.json", *TOKENIZER_FILES, *sorted(p.name for p in folder.glob("*.safetensors"))]
+    names = ["config.json", *TOKENIZER_FILES, PROCESSOR_FILE, *sorted(p.name for p in folder.glob("*.safetensors"))]
     return digest_of({name: _file_digest(folder / name) for name in names if (folder / name).is_file()})
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Digest of everything that decides which tokens a text becomes, the chat template among it."""
+    """Digest of everything that decides what a model reads of a row: which tokens, by which chat template; which pixels or samples."""
     names = [
         *TOKENIZER_FILES,
         *TOKENIZER_SETTINGS,
+        PROCESSOR_FILE,
         *sorted(f"additional_chat_templates/{p.name}" for p in folder.glob("additional_chat_templates/*")),
     ]
     return digest_of({name: sha256_file(folder / name) for name in names if (folder / name).is_file()})
@@ -95,8 +98,9 @@ def _checked(folder: Path, name: str) -> BaseModel:
         raise BaseModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BaseModelError(f"{folder / 'config.json'}: not valid JSON ({error})") from None
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise BaseModelError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...); save the model's tokenizer into the folder")
+    if not any((folder / file).is_file() for file in (*TOKENIZER_FILES, PROCESSOR_FILE)):
+        needed = f"neither a tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...) nor {PROCESSOR_FILE}"
+        raise BaseModelError(f"{folder}: {needed}; save the model's own into the folder")
     if not any(folder.glob("*.safetensors")):
         pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
         raise BaseModelError(

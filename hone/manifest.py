@@ -5,7 +5,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from hone.ids import AdapterRef
+from hone.methods import MethodName, Served
 from hone.storage import digest_of
+from hone.tasks import TaskName
 
 MANIFEST_FILE = "manifest.json"
 
@@ -47,16 +49,21 @@ class AdapterManifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str
     version: int
-    kind: Literal["lora", "full"]
-    """`lora`: weights to put beside the base. `full`: a whole model, served as a base of its own."""
-    task: str
+    kind: Literal["adapter", "full"]
+    """`adapter`: weights to put beside the base. `full`: a whole model, served as a base of its own."""
+    method: MethodName
+    served: Served
+    """In one batch with others, merged, alone, or as a base; see hone.methods."""
+    task: TaskName
     base: BaseModelId
     dtype: str
     labels: list[str] | None = None
-    """Class names in the order of the head's outputs (text-classification)."""
+    """Class names in the order of the head's outputs."""
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    """What a classifier answers: one class, any number of classes, or a number."""
     metrics: dict[str, float]
     lineage: Lineage
     created_at: str

@@ -91,7 +91,7 @@ class Catalog:
         }
 
     def _is_served(self, manifest: AdapterManifest) -> bool:
-        return manifest.kind == "lora" and manifest.base.fingerprint == self.base.id.fingerprint
+        return manifest.served == "mixed" and manifest.base.fingerprint == self.base.id.fingerprint
 
     def _reason(self, model: str, manifest: AdapterManifest | None) -> str:
         shown = model if len(model) <= 200 else f"{model[:200]}..."

@@ -66,7 +66,9 @@ def publish(
             return AdapterManifest(
                 name=name,
                 version=version,
-                kind="lora",
+                kind="adapter",
+                method="lora",
+                served="mixed",
                 task="text-classification" if labels else "chat",
                 base=identity,
                 dtype="float32",

@@ -1,20 +1,19 @@
 """`python -m training.check RUN_FOLDER`: does what was saved answer as it did when it was trained?
 
-Run in a process of its own, with nothing of the training left in memory: plain transformers and PEFT load the exported folder, and its
-logits on the golden rows are compared with those that the workers recorded.
+Run in a process of its own, with nothing of the training left in memory: the exported folder is loaded beside the base, and its logits
+on the golden rows are compared with those that the workers recorded.
 """
 
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from models.tasks import TASKS
 from training.export import GOLDEN_FILE
 from training.job import Job
-from training.model import choose_dtype
-from training.tasks import TASKS
+from training.model import choose_dtype, load_trained
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 """Largest difference of a logit, relative to the spread of its row: a few roundings of the type, far from a lost tensor's effect."""
@@ -25,23 +24,12 @@ def difference(job: Job) -> float:
     """Largest logit difference between the reloaded model and the golden outputs, relative to the row's standard deviation."""
     golden = load_file(job.export_folder / GOLDEN_FILE)
     device = torch.device("cuda" if job.use_gpu and torch.cuda.is_available() else "cpu")
-    task = TASKS[job.recipe.task]
-    whole = job.recipe.method.type == "full"
-    source = job.export_folder if whole else job.base_folder
-    dtype = choose_dtype(job.recipe, use_gpu=job.use_gpu)
-    model, _ = task.load_model(source, labels=job.data.labels, dtype=dtype, pad_token_id=job.data.pad_token_id)
-    if not whole:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(job.export_folder), autocast_adapter_dtype=False)
-    model = model.to(device, dtype).eval()
-    each = zip(golden["input_ids"], golden["attention_mask"], strict=True)
-    present = [ids[mask.bool()].numpy() for ids, mask in each]
-    rows = [{"input_ids": ids, "labels": np.full_like(ids, -100)} for ids in present]
-    batch = task.collate(rows, pad_token_id=job.data.pad_token_id, packed=False)
-    answered = task.outputs(model, {name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
-    spread = golden["logits"].std(-1, keepdim=True).clamp_min(1e-6)
-    return float(((answered - golden["logits"]) / spread).abs().max())
+    model = load_trained(job, job.export_folder, dtype=choose_dtype(job.recipe, use_gpu=job.use_gpu)).to(device)
+    batch = {name: tensor.to(device) for name, tensor in golden.items() if name != "logits"}
+    answered, wanted = TASKS[job.recipe.task].outputs(model, batch).float().cpu(), golden["logits"]
+    # A head with one output has no spread in a row; what all rows answer has.
+    spread = wanted.std(-1, keepdim=True) if wanted.shape[1] > 1 else (wanted.std() if len(wanted) > 1 else wanted.abs())
+    return float(((answered - wanted) / spread.clamp_min(1e-6)).abs().max())
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ is which of their rows train and which validate. Every worker, epoch, trial and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +19,23 @@ from hone.data.report import MEANINGS
 from hone.errors import DataError
 from hone.recipe import Recipe
 from hone.storage import Home, digest_of, new_folder, write_text
+from models.tasks import TASKS, Head
+from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
 from training.job import PreparedData, SourceRows
 from training.split import folds, held_out
-from training.tasks import TASKS
 from training.token_cache import Tokens, Watch, tokens_of, unwatched
 from training.token_rows import Shards
-from training.tokenise import NO_TEMPLATE, lacks_template, load_tokenizer
+from training.tokenise import longest
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the same inputs would make a different split."""
 REPORT_FILE = "report.json"
-SHAPING = {"validation_fraction", "folds", "fold", "stratify", "stop_on", "max_bad_fraction", "retain_fraction"}
+SHAPING = {"validation_fraction", "folds", "fold", "stratify", "stop_on", "max_bad_fraction", "retain_fraction", "retain_eval_rows"}
 """Settings that decide which rows train, beside those that shape the tokens."""
+
+
+PARTS = ("train", "validation", "retain")
+ANSWERS = ("label", "classes", "number")
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ def prepare_data(recipe: Recipe, base: BaseModel, *, home: Home, watch: Watch = 
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: prepared data was removed while it was read; start again") from None
         with new_folder(folder) as staging:
-            for part, rows in (("train", prepared.train), ("validation", prepared.validation)):
-                np.save(staging / f"{part}.npy", rows)
+            for part in PARTS:
+                np.save(staging / f"{part}.npy", getattr(prepared, part))
             summary = prepared.summary(digest, base)
             write_text(staging / REPORT_FILE, prepared.report.model_dump_json(indent=2))
             write_text(staging / SUMMARY_FILE, summary.model_dump_json(indent=2))
@@ -100,14 +106,19 @@ class _Prepared:
         self._of_source = np.repeat(np.arange(len(shards)), [len(each) for each in shards])
         validates = self._validates(shards)
         has_targets = _column(shards, "n_targets") > 0
-        self.train, self.validation = np.flatnonzero(~validates & has_targets), np.flatnonzero(validates & has_targets)
+        self.retain = self._hold_retained(has_targets)
+        learns = ~validates & has_targets
+        learns[self.retain] = False
+        self.train, self.validation = np.flatnonzero(learns), np.flatnonzero(validates & has_targets)
         self._apart = self._leave_out_twins(shards)
         held = [source.tokens.look for source in sources if source.role == "validation"]
         seen = joined([source.tokens.look for source in sources if source.role != "validation"])
-        self.labels = TASKS[recipe.task].find_labels(seen.labels)
+        answers = {name for name in ANSWERS for each in shards if len(each) and each.has(name)}
+        self.head: Head = TASKS[recipe.task].find_head(seen.labels, answers)
         self.report = report(seen, held[0] if held else None, near_rows=recipe.data.near_duplicate_rows)
         self._dropped = int((~validates & ~has_targets).sum())
         self._refuse_findings()
+        self._refuse_unlearnt_classes(shards)
 
     def summary(self, digest: str, base: BaseModel) -> PreparedData:
         counts = {finding.kind: finding.count for finding in self.report.findings}
@@ -121,9 +132,11 @@ class _Prepared:
             formats=list(self.report.train.formats),
             bad_rows=counts.get("bad_rows", 0),
             findings=counts,
-            pad_token_id=load_tokenizer(base.folder).pad_token_id,
-            max_length=min(self._recipe.data.max_length, base.max_context),
-            labels=self.labels,
+            pad_token_id=getattr(TASKS[self._recipe.task].load_processor(base.folder), "pad_token_id", None) or 0,
+            max_length=longest(self._recipe.data, TASKS[self._recipe.task], base),
+            labels=self.head.labels,
+            problem_type=self.head.problem_type,
+            retain_rows=len(self.retain),
             notes=self._notes(base),
         )
 
@@ -157,14 +170,42 @@ class _Prepared:
             if not source.tokens.look.digests:
                 raise DataError(f"{source.name}: no rows")
 
+    def _hold_retained(self, has_targets: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Rows of `retain` on which forgetting is measured: some of them, or all where none are mixed in."""
+        data = self._recipe.data
+        at = next((n for n, source in enumerate(self._sources) if source.role == "retain"), None)
+        if at is None:
+            return np.empty(0, dtype=np.int64)
+        rows = np.flatnonzero((self._of_source == at) & has_targets)
+        most = len(rows) // 2 if data.retain_fraction else len(rows)
+        if len(rows) and not most:
+            raise DataError(
+                f"{self._sources[at].name}: data.retain has {len(rows)} rows to learn from; it takes two, one of them to measure"
+            )
+        chosen = np.random.default_rng([self._recipe.train.seed, 3]).permutation(rows)[: min(most, data.retain_eval_rows)]
+        return np.sort(chosen)
+
+    def _refuse_unlearnt_classes(self, shards: Sequence[Shards]) -> None:
+        """Every class must be there to be learnt; a small one may stand in the held out rows alone."""
+        if self.head.problem_type != "single_label_classification":
+            return
+        labels = _column(shards, "label")
+        missing = sorted(set(self.head.labels or []) - set(labels[self.train]))
+        if missing:
+            where = f"fold {self._recipe.data.fold} of {self._recipe.data.folds}" if self._recipe.data.folds else "this split"
+            raise DataError(
+                f"{_named(self._recipe.data.train)}: class {missing[0]!r} is in no training row of {where}; it has "
+                f"{int((labels == missing[0]).sum())} rows in all; add some, or use fewer folds or a smaller validation_fraction"
+            )
+
     def _validates(self, shards: Sequence[Shards]) -> npt.NDArray[np.bool_]:
         """True for each row that validates. The same row, and rows of one group, never stand on both sides of a split."""
         validates = np.zeros(len(self._of_source), dtype=bool)
         if self._sources[-1].role == "validation":
             validates[self._of_source == len(self._sources) - 1] = True
             return validates
-        data, seed, look = self._recipe.data, self._recipe.train.seed, self._sources[0].tokens.look
-        strata = shards[0].codes("label") if data.stratify and look.labels else None
+        data, seed = self._recipe.data, self._recipe.train.seed
+        strata = shards[0].codes("label") if data.stratify and shards[0].has("label") else None
         groups = shards[0].column("group")
         if data.folds:
             chosen = folds(groups, k=data.folds, seed=seed, strata=strata) == data.fold
@@ -195,16 +236,18 @@ class _Prepared:
 
     def _refuse_findings(self) -> None:
         data, found = self._recipe.data, {finding.kind: finding for finding in self.report.findings}
-        if self.labels is not None and "unknown_labels" in found:
+        if self.head.labels is not None and "unknown_labels" in found:
             raise DataError(
                 f"{_named(data.validation or data.train)}: validation has classes that training never names: "
-                f"{', '.join(found['unknown_labels'].where[:5])}; training names {', '.join(self.labels[:10])}"
+                f"{', '.join(found['unknown_labels'].where[:5])}; training names {', '.join(self.head.labels[:10])}"
             )
         for finding in self.report.stopping(data.stop_on):
             where = f" ({finding.where[0]})" if finding.where else ""
             raise DataError(f"{MEANINGS[finding.kind]}: {finding.count}{where}; mend the data, or take {finding.kind} out of data.stop_on")
         for number, source in enumerate(self._sources):
             side, what = (self.validation, "validate") if source.role == "validation" else (self.train, "learn")
+            if source.role == "retain" and not data.retain_fraction:
+                side = self.retain
             if not (self._of_source[side] == number).any():
                 why = f"; {self._apart:,} rows also validate, or their group does" if self._apart else ""
                 raise DataError(
@@ -217,7 +260,7 @@ class _Prepared:
             )
 
 
-def _column(shards: Sequence[Shards], name: str) -> npt.NDArray[np.uint64]:
+def _column(shards: Sequence[Shards], name: str) -> npt.NDArray[Any]:
     return np.concatenate([each.column(name) for each in shards])
 
 

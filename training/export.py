@@ -1,5 +1,8 @@
 """The trained weights as PEFT or transformers save them, and the golden outputs that every later load is compared with."""
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,46 +10,61 @@ import torch
 from safetensors.torch import save_file
 
 from hone.errors import RunFailedError
+from models.methods import METHODS, State
+from models.tasks import Batch
 from training.forward import Batcher
-from training.job import Job
 from training.model import gathered
-from training.tasks.task import pad
+from training.start import Started
 from training.token_rows import TokenRows
-from training.worker import Worker
 
 GOLDEN_FILE = "golden.safetensors"
 GOLDEN_ROWS = 4
 GOLDEN_TOKENS = 256
+NOT_TOKENS = ("content", "parts", "features")
 
 
-def export(engine: Any, job: Job, batcher: Batcher, rows: TokenRows, worker: Worker) -> None:
-    """Gather what trained and let rank 0 write it to `job.export_folder`. Every rank takes part.
+def export(run: Started, rows: TokenRows) -> None:
+    """Gather what trained and let rank 0 write it to the job's export folder, in place of what was there. Every rank takes part.
+
+    Args:
+        run: This worker's part of the run.
+        rows: Some of which become the golden outputs.
 
     Raises:
         RunFailedError: a tensor came out empty (a naive save under ZeRO-3: https://github.com/huggingface/peft/issues/2450).
     """
-    golden = _golden_outputs(engine, job, batcher, rows)
-    state = _gathered_state(engine.module.model, sharded=job.recipe.zero.stage == 3, keep=worker.rank == 0)
+    job, engine, worker = run.job, run.engine, run.worker
+    golden = _golden_outputs(engine, run.batcher, rows)
+    method, model = METHODS[job.recipe.method.type], engine.module.model
+    state = _gathered_state(model, method, sharded=job.recipe.zero.stage == 3, keep=worker.rank == 0)
     if worker.rank:
         return
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise RunFailedError(f"{len(empty)} of {len(state)} trained tensors are empty ({empty[0]}, ...); nothing was published")
-    job.export_folder.mkdir(exist_ok=True)
-    engine.module.model.save_pretrained(job.export_folder, state_dict=state, **_peft_options(job))
-    save_file(golden, job.export_folder / GOLDEN_FILE)
+    staging = job.export_folder.with_name(f"{job.export_folder.name}.new")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    method.save(model, job.recipe.method, state, staging)
+    save_file(golden, staging / GOLDEN_FILE)
+    _replace(staging, job.export_folder)
 
 
-def _peft_options(job: Job) -> dict[str, Any]:
-    # "auto" would look for the base on the hub, to see whether its vocabulary grew.
-    return {} if job.recipe.method.type == "full" else {"save_embedding_layers": False}
+def _replace(staging: Path, folder: Path) -> None:
+    """A reader finds the old files or the new ones, and after a crash between the two renames, the run's next export."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(staging, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _gathered_state(module: Any, *, sharded: bool, keep: bool) -> dict[str, torch.Tensor]:
-    """Copies of the trainable parameters (and of every buffer that is saved), one at a time, on the ranks that keep them."""
-    state: dict[str, torch.Tensor] = {}
+def _gathered_state(module: Any, method: Any, *, sharded: bool, keep: bool) -> State:
+    """Copies of what the method saves (and of every buffer that is saved), one at a time, on the ranks that keep them."""
+    state: State = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
+        if method.trained(name, parameter):
             with gathered([parameter], sharded=sharded):
                 if keep:
                     state[name] = parameter.detach().cpu().clone()
@@ -57,9 +75,23 @@ def _gathered_state(module: Any, *, sharded: bool, keep: bool) -> dict[str, torc
 
 
 @torch.no_grad()
-def _golden_outputs(engine: Any, job: Job, batcher: Batcher, rows: TokenRows) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask [rows, length], logits [rows, outputs] of a few rows, as the trained model answers now."""
+def _golden_outputs(engine: Any, batcher: Batcher, rows: TokenRows) -> Batch:
+    """What a few rows are as the model's inputs, and `logits` [rows, outputs] as the trained model answers now."""
     engine.eval()
-    taken = [{name: row[name][:GOLDEN_TOKENS] for name in row} for row in rows.take(np.arange(min(GOLDEN_ROWS, len(rows))))]
-    outputs = engine(batcher.batch(taken), wants_outputs=True)
-    return {**pad(taken, job.data.pad_token_id), "logits": outputs.float().cpu().contiguous()}
+    taken = [golden_row(row) for row in rows.take(np.arange(min(GOLDEN_ROWS, len(rows))))]
+    batch = batcher.unpacked(taken)
+    # As it is served: padded rows, while training may pack them.
+    outputs = engine(batcher.batch(taken), wants="outputs")
+    kept = {name: tensor.cpu().contiguous() for name, tensor in batch.items()}
+    return {**kept, "logits": outputs.float().cpu().contiguous()}
+
+
+def golden_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row cut to GOLDEN_TOKENS, where it consists of tokens."""
+    if "parts" in row and "content" not in row:  # a pair: the second sequence begins where the first ends
+        first = int(row["parts"][0])
+        cut = [slice(min(first, GOLDEN_TOKENS)), slice(first, first + GOLDEN_TOKENS)]
+        joined = {name: np.concatenate([np.asarray(row[name])[part] for part in cut]) for name in ("input_ids", "labels")}
+        return {**joined, "parts": [min(first, GOLDEN_TOKENS), len(joined["input_ids"]) - min(first, GOLDEN_TOKENS)]}
+    is_whole = len(row["labels"]) != len(row["input_ids"])
+    return {name: value if name in NOT_TOKENS or (name == "labels" and is_whole) else value[:GOLDEN_TOKENS] for name, value in row.items()}

@@ -1,40 +1,86 @@
 """The forward pass that training, evaluation and export share: which rows make a batch, and the model with its task round it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from hone.recipe import TrainSettings
-from training import attention
+from models import attention
+from models.methods import Method
+from models.tasks import Batch, Inputs, LossOptions, Task
+from models.tasks.causal import learns_prompt
 from training.batches import Rows, deal, deal_packed
-from training.tasks import Batch, Task
 from training.worker import Worker
 
 
 class TaskModule(torch.nn.Module):
     """A model and its task as one module, so that a forward pass of DeepSpeed's engine is the task's, hooks and all."""
 
-    def __init__(self, model: Any, task: Task) -> None:
+    def __init__(self, model: Any, task: Task, method: Method, *, train: TrainSettings, beta: float, reference: Any = None) -> None:
+        """`reference` is the base where the method does not keep it."""
         super().__init__()
         self.model = model
         self._task = task
+        self._method = method
+        self._reference = [reference]  # in a list, so that its parameters are not this module's
+        self._learning = LossOptions(label_smoothing=train.label_smoothing_factor, beta=beta, base=self._off)
+        self._measuring = LossOptions(beta=beta, base=self._off)
 
-    def forward(self, batch: Batch, *, wants_outputs: bool = False) -> Any:
-        """Summed loss and right answers, or (`wants_outputs`) what a served answer depends on."""
-        return self._task.outputs(self.model, batch) if wants_outputs else self._task.loss(self.model, batch)
+    def forward(self, batch: Batch, *, wants: str = "loss", beside: Batch | None = None) -> Any:
+        """What is asked for.
+
+        Args:
+            wants: `loss` for the summed loss, the sums of what else is measured, and the summed KL divergence from the base on `beside`;
+                `log_probs` of each target and its row; `base_log_probs`, likewise; `outputs`, what a served answer depends on.
+            beside: Rows that are to be answered as the base answers them.
+        """
+        if wants == "outputs":
+            made: torch.Tensor = self._task.outputs(self.model, batch)
+            return made
+        if wants == "log_probs":
+            return self._task.log_probs(self.model, batch)
+        if wants == "base_log_probs":
+            return self._base_log_probs(batch)
+        summed, sums = self._task.loss(self.model, batch, self._learning if self.training else self._measuring)
+        return summed, sums, self._divergence(beside) if beside is not None else summed.new_zeros(())
+
+    def _divergence(self, batch: Batch) -> torch.Tensor:
+        base, _ = self._base_log_probs(batch)
+        now, _ = self._task.log_probs(self.model, batch)
+        divergence: torch.Tensor = (base.exp() * (base - now)).sum()
+        return divergence
+
+    @torch.no_grad()
+    def _base_log_probs(self, batch: Batch) -> Any:
+        if self._reference[0] is not None:
+            return self._task.log_probs(self._reference[0], batch)
+        with self._off():
+            return self._task.log_probs(self.model, batch)
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        """The base, which drops nothing out."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self._method.off(self.model):
+                yield
+        finally:
+            self.model.train(was_training)
 
 
 class Batcher:
     """Deals rows out to workers and makes tensors of them, packed where task and model can be."""
 
-    def __init__(self, task: Task, settings: TrainSettings, worker: Worker, *, packed: bool, pad_token_id: int, device: Any) -> None:
+    def __init__(self, task: Task, settings: TrainSettings, worker: Worker, *, packed: bool, inputs: Inputs, device: Any) -> None:
         self.packed = packed
+        self.inputs = inputs
         self._task = task
         self._settings = settings
         self._worker = worker
-        self._pad_token_id = pad_token_id
         self._device = device
 
     def portions(self, rows: Rows, lengths: Rows, *, scale: int = 1) -> list[Rows]:
@@ -60,16 +106,21 @@ class Batcher:
         for portion in portions:
             yield self.batch(take(portion))
 
+    def unpacked(self, rows: list[dict[str, Any]]) -> Batch:
+        """Tensors of some rows as they are served: padded."""
+        made: Batch = self._task.collate(rows, inputs=self.inputs, packed=False)
+        return made
+
     def batch(self, rows: list[dict[str, Any]]) -> Batch:
         """Tensors of some rows. Without any, of one that counts for nothing: ZeRO's collectives need every rank there."""
-        rows = rows or [{"input_ids": [self._pad_token_id] * 2, "labels": [-100, -100]}]
-        made = self._task.collate(rows, pad_token_id=self._pad_token_id, packed=self.packed)
+        rows = rows or [self._task.nothing(self.inputs)]
+        made = self._task.collate(rows, inputs=self.inputs, packed=self.packed)
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in made.items()}
 
 
 def choose_packing(model: Any, task: Task, settings: TrainSettings) -> bool:
     """Whether rows are packed; if so the model's attention is set to one that keeps them apart."""
-    if not (settings.packing and task.can_be_packed and attention.can_pack(model)):
+    if not (settings.packing and task.can_be_packed and attention.can_pack(model)) or learns_prompt(model):
         return False
     model.set_attn_implementation(attention.register())
     return True

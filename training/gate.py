@@ -10,22 +10,25 @@ from hone.base_model import find_base_model
 from hone.data.files import find_files
 from hone.data.gate import Measured, joined, look_at, report
 from hone.data.parts import cut
+from hone.data.rows import ReadRow
 from hone.errors import DataError, HoneError
 from hone.recipe import load_recipe
 from hone.storage import Home
-from training.tasks import TASKS, Task
+from models.tasks import TASKS, Task
+from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
+from training.tokenise import longest, measured, with_media
 
 
-def measure(task: Task, tokenizer: Any, *, max_length: int) -> Callable[[dict[str, Any]], Measured]:
-    """How the tokenizer sees a row of that task."""
+def measure(task: Task, processor: Any, *, max_length: int) -> Callable[[ReadRow], Measured]:
+    """How the model sees a row of that task."""
 
-    def measured(row: dict[str, Any]) -> Measured:
-        [made] = task.encode([row], tokenizer, max_length=max_length)
+    def seen(read: ReadRow) -> Measured:
+        [made] = task.encode([with_media(read)], processor, max_length=max_length)
         if isinstance(made, DataError):
             raise made
-        return Measured(made.length, made.n_targets, is_cut=made.length > max_length)
+        return measured(made)
 
-    return measured
+    return seen
 
 
 def main() -> int:
@@ -36,12 +39,10 @@ def main() -> int:
     parser.add_argument("--home")
     args = parser.parse_args()
     try:
-        from training.tokenise import NO_TEMPLATE, lacks_template, load_tokenizer
-
         recipe, home = load_recipe(args.recipe, args.overrides), Home(args.home)
         base, task, data = find_base_model(recipe.base, home=home, revision=recipe.revision), TASKS[recipe.task], recipe.data
-        look = measure(task, load_tokenizer(base.folder), max_length=min(data.max_length, base.max_context))
-        read = partial(look_at, shape=task.shape, group_by=data.group_by, measure=look, near_rows=data.near_duplicate_rows)
+        look = measure(task, task.load_processor(base.folder), max_length=longest(data, task, base))
+        read = partial(look_at, shape=task.shape, group_by=data.group_by, measure=look, unit=task.unit, near_rows=data.near_duplicate_rows)
         sources = [
             (data.train, None),
             *((mixed.source, mixed.columns) for mixed in data.mix),

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict
 from hone.manifest import BaseModelId
 from hone.recipe import Recipe
 from hone.storage import write_text
+from models.tasks import Head
+from models.tasks.task import ProblemType
 
 JOB_FILE = "job.json"
 METRICS_FILE = "metrics.jsonl"
@@ -53,8 +55,12 @@ class PreparedData(BaseModel):
     """What the gate found, and how often; report.json beside the rows says where."""
     pad_token_id: int
     max_length: int
-    """Tokens a row, at most: the recipe's, or the base's where that is less."""
+    """Tokens a row, at most: the recipe's, or the base's where that is less; of a sound, milliseconds."""
     labels: list[str] | None = None
+    """Class names, in the order of the head's outputs."""
+    problem_type: ProblemType | None = None
+    retain_rows: int = 0
+    """Rows of `retain` that are held out to measure."""
     notes: list[str] = []
     """What else the user should know."""
 
@@ -72,6 +78,11 @@ class Job(BaseModel):
     data: PreparedData
     use_gpu: bool
     resources_per_worker: dict[str, float]
+
+    @property
+    def head(self) -> Head:
+        """What a new head answers."""
+        return Head(self.data.labels, self.data.problem_type)
 
     @property
     def export_folder(self) -> Path:

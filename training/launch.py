@@ -26,6 +26,7 @@ def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None 
     Raises:
         HoneError: whatever the user has to mend, in one line.
     """
+    from models.tasks import Head
     from training.model import check_model
 
     home.ready()
@@ -33,7 +34,7 @@ def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None 
     data = prepare_data(recipe, base, home=home, watch=watch)
     if recipe.search and recipe.search.metric.startswith("eval_") and not data.validation_rows:
         raise DataError("search.metric is measured on validation rows, and there are none; set data.validation or data.validation_fraction")
-    check_model(recipe, base, labels=data.labels)
+    check_model(recipe, base, head=Head(data.labels, data.problem_type))
     use_gpu, each = plan_workers(recipe)
     folder = folder or home.runs / run_id
     folder.mkdir(parents=True)

@@ -1,18 +1,23 @@
 """The model that trains: the base from its folder, a fresh head where the task needs one, and the method's trainable weights."""
 
 import math
-import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hone.base_model import BaseModel
-from hone.errors import BaseModelError, RecipeError
-from hone.recipe import LoraMethod, Recipe
+from hone.errors import BaseModelError
+from hone.recipe import Recipe
+from models.methods import METHODS, Applying, quantisation
+from models.tasks import TASKS, Head
 from training.job import Job
-from training.tasks import TASKS, Task
+
+DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "attn_dropout", "dropout_prob", "dropout_rate")
+"""Names under which models keep a share to drop that is no module of its own."""
 
 
 def choose_dtype(recipe: Recipe, *, use_gpu: bool) -> torch.dtype:
@@ -22,60 +27,52 @@ def choose_dtype(recipe: Recipe, *, use_gpu: bool) -> torch.dtype:
     return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
 
-def build_model(job: Job, *, dtype: torch.dtype, sharded: bool) -> Any:
+def build_model(job: Job, *, dtype: torch.dtype, sharded: bool, rank: int = 0) -> Any:
     """Base model plus method, identical on every rank and at every ZeRO stage.
 
     Args:
         job: What to build.
         dtype: Type of the weights.
         sharded: The caller holds an `HfDeepSpeedConfig` for stage 3, so loading gives each rank its shard alone.
+        rank: Which of the workers this is.
     """
     recipe, task = job.recipe, TASKS[job.recipe.task]
-    model, fresh = task.load_model(job.base_folder, labels=job.data.labels, dtype=dtype, pad_token_id=job.data.pad_token_id)
-    _start_fresh_weights(model, fresh, seed=recipe.train.seed, sharded=sharded)
+    model = load_base(job, dtype=dtype, sharded=sharded, options=quantisation(recipe.method))
+    if recipe.train.dropout is not None:
+        _set_dropout(model, recipe.train.dropout)
     torch.manual_seed(recipe.train.seed)
-    model = apply_method(model, recipe, task)
+    how = Applying(
+        task,
+        gather=partial(gathered, sharded=sharded),
+        write=partial(gathered, sharded=sharded, modifier_rank=0),
+        folder=job.folder,
+        rank=rank,
+    )
+    model = METHODS[recipe.method.type].apply(model, recipe.method, how)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model
 
 
-def apply_method(model: Any, recipe: Recipe, task: Task) -> Any:
-    """Wrap the model as the method asks.
-
-    Raises:
-        RecipeError: the target modules match nothing; the message lists the linear layers there are.
-    """
-    if not isinstance(recipe.method, LoraMethod):
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    method, heads = recipe.method, task.head_modules(model)
-    config = LoraConfig(
-        task_type=task.peft_task_type,
-        r=method.r,
-        lora_alpha=method.lora_alpha,
-        lora_dropout=method.lora_dropout,
-        target_modules=method.target_modules,
-        modules_to_save=heads,
-        exclude_modules=heads,
-    )
-    try:
-        with warnings.catch_warnings():
-            # peft 0.21 reads a property that transformers 5.23 has renamed; nothing a user could do about it.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            return get_peft_model(model, config)
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise RecipeError(
-            f"method.target_modules {method.target_modules} match nothing in {recipe.base}; its linear layers are {', '.join(names)}"
-        ) from None
+def load_base(job: Job, *, dtype: torch.dtype, sharded: bool = False, options: dict[str, Any] | None = None) -> Any:
+    """The base as training begins with it: its own weights, and a fresh head from the recipe's seed."""
+    task = TASKS[job.recipe.task]
+    model, fresh = task.load_model(job.base_folder, head=job.head, dtype=dtype, pad_token_id=job.data.pad_token_id, options=options)
+    _start_fresh_weights(model, fresh, seed=job.recipe.train.seed, sharded=sharded)
+    return model
 
 
-def check_model(recipe: Recipe, base: BaseModel, *, labels: list[str] | None) -> None:
+def load_trained(job: Job, folder: Path, *, dtype: torch.dtype) -> Any:
+    """What `folder` holds of a trained model, in a process that knows nothing of the training: plain transformers, PEFT, or ours."""
+    whole = job.recipe.method.type in ("full", "freeze")
+    task, method = TASKS[job.recipe.task], METHODS[job.recipe.method.type]
+    source = folder if whole else job.base_folder
+    model, _ = task.load_model(source, head=job.head, dtype=dtype, pad_token_id=job.data.pad_token_id)
+    return method.load(model, folder).to(dtype).eval()
+
+
+def check_model(recipe: Recipe, base: BaseModel, *, head: Head) -> None:
     """Build the model without its weights, to find out in a second what would otherwise fail on the workers.
 
     Raises:
@@ -86,12 +83,12 @@ def check_model(recipe: Recipe, base: BaseModel, *, labels: list[str] | None) ->
     task = TASKS[recipe.task]
     task.check_base(base)
     try:
-        config = AutoConfig.from_pretrained(base.folder, **({"num_labels": len(labels)} if labels else {}))
+        config = AutoConfig.from_pretrained(base.folder, **({"num_labels": len(head.labels)} if head.labels else {}))
         with torch.device("meta"):
             model = task.model_class().from_config(config)
     except (ValueError, KeyError) as error:
         raise BaseModelError(f"{base.id.name}: cannot do task {recipe.task} ({str(error).splitlines()[0][:200]})") from None
-    apply_method(model, recipe, task)
+    METHODS[recipe.method.type].apply(model, recipe.method, Applying(task))
 
 
 def gathered(parameters: Iterable[torch.nn.Parameter], *, sharded: bool, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
@@ -102,6 +99,15 @@ def gathered(parameters: Iterable[torch.nn.Parameter], *, sharded: bool, modifie
 
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank)
     return context
+
+
+def _set_dropout(model: Any, share: float) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = share
+        for name in DROPOUTS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, share)
 
 
 def _start_fresh_weights(model: Any, names: set[str], *, seed: int, sharded: bool) -> None:

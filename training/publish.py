@@ -8,14 +8,15 @@ from typing import Any
 import hone
 from hone.errors import RunFailedError
 from hone.manifest import AdapterManifest, FileEntry, Lineage
+from hone.methods import how_served
 from hone.registry import Registry
 from hone.storage import Home, write_text
+from models.tasks import TASKS
 from training.card import card
 from training.job import Job
 from training.model import choose_dtype
-from training.tokenise import load_tokenizer
 
-METRICS_KEPT = ("loss", "eval_", "base_eval_")
+METRICS_KEPT = ("loss", "eval_", "base_eval_", "retain_", "base_retain_", "published_step")
 
 
 def check_export(job: Job) -> None:
@@ -43,21 +44,25 @@ def publish(job: Job, metrics: dict[str, float], *, home: Home, trial: dict[str,
         trial: The search trial that made it, for the lineage.
     """
     recipe, folder = job.recipe, job.export_folder
-    tokenizer = load_tokenizer(job.base_folder)
-    tokenizer.save_pretrained(folder)
+    TASKS[recipe.task].load_processor(job.base_folder).save_pretrained(folder)
     write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
     kept = {name: value for name, value in metrics.items() if name.startswith(METRICS_KEPT)}
     created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    served = how_served(recipe.task, recipe.method.type, use_dora=getattr(recipe.method, "use_dora", False))
 
     def describe(version: int, files: dict[str, FileEntry]) -> AdapterManifest:
         return AdapterManifest(
             name=recipe.name,
             version=version,
-            kind="full" if recipe.method.type == "full" else "lora",
+            kind="full" if served == "whole" else "adapter",
+            method=recipe.method.type,
+            served=served,
             task=recipe.task,
             base=job.base_id,
             dtype=str(choose_dtype(recipe, use_gpu=job.use_gpu)).removeprefix("torch."),
             labels=job.data.labels,
+            problem_type=job.data.problem_type,
             metrics=kept,
             lineage=Lineage(run_id=job.run_id, data_digest=job.data.digest, hone_version=hone.__version__, trial=trial),
             created_at=created,

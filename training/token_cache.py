@@ -31,9 +31,10 @@ from hone.data.readers import sha256_of
 from hone.errors import HoneError, ResourceError
 from hone.recipe import Recipe
 from hone.storage import Home, digest_of, new_folder, write_json
-from training.tokenise import Shard, Tokenising, load_tokenizer, tokenise
+from models.tasks import TASKS
+from training.tokenise import Shard, Tokenising, longest, tokenise
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised whenever the same inputs would make different shards."""
 HASHING_THREADS = 8
 
@@ -66,12 +67,12 @@ def tokens_of(files: Sequence[DataFile], recipe: Recipe, base: BaseModel, *, col
         DataError: a file that cannot be read at all, or that is written to meanwhile.
         ResourceError: a node that does not see the home.
     """
-    data = recipe.data
+    data, task = recipe.data, TASKS[recipe.task]
     shaping: dict[str, Any] = {
         "task": recipe.task,
         "columns": columns,
         "group_by": data.group_by,
-        "max_length": min(data.max_length, base.max_context),
+        "max_length": longest(data, task, base),
         "keeps_text": data.augment.text is not None,
     }
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -83,7 +84,7 @@ def tokens_of(files: Sequence[DataFile], recipe: Recipe, base: BaseModel, *, col
     )
     folder = token_folder(home, digest)
     if not (folder / SHARDS_FILE).exists():
-        load_tokenizer(base.folder)  # what is wrong with it is better said before workers start
+        task.load_processor(base.folder)  # what is wrong with it is better said before workers start
         with _alone(token_lock(home, digest)):
             if not (folder / SHARDS_FILE).exists():
                 with new_folder(folder) as staging:
@@ -105,7 +106,7 @@ def _make(bundles: Sequence[list[Part]], work: Tokenising, *, near_rows: int, wa
         shards[number] = shard
         done += sizes[number]
         watch(name, done, sum(sizes))
-    look = Look(unit="tokens")
+    look = Look(unit=TASKS[work.task].unit)
     for number in sorted(shards):
         look.join(shards[number].look)
     look.save(work.folder)

@@ -1,6 +1,6 @@
-"""Tokenised rows, memory-mapped from the shards that hold them."""
+"""Rows as a model reads them, memory-mapped from the shards that hold them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from models.tasks.task import IGNORED
 from training.batches import Rows
 from training.job import PreparedData
 
@@ -15,15 +16,22 @@ SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
+        ("parts", pa.list_(pa.int32())),
         ("n_targets", pa.int32()),
+        ("cost", pa.int32()),
         ("label", pa.string()),
+        ("classes", pa.list_(pa.string())),
+        ("number", pa.float32()),
         ("digest", pa.uint64()),
         ("group", pa.uint64()),
         ("text", pa.large_string()),
+        ("content", pa.large_binary()),
     ]
 )
-"""One row of a shard. `labels` are the tokens to predict (-100 elsewhere), `label` the class, where the task has the one or
-the other; `digest` tells rows apart, `group` those that stay together; `text` is there where it is to be changed each time."""
+"""One row of a shard: the fields of `models.tasks.Encoded`, each where the task has it. `digest` tells rows apart, `group` those that
+stay together; `text` is there where it is to be changed each time."""
+Answer = Callable[[int, dict[str, Any]], Any]
+"""The labels of a row by its number over all shards, from those of its tokens."""
 
 
 class Shards:
@@ -42,16 +50,15 @@ class Shards:
         parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def has(self, name: str) -> bool:
+        """Whether any row has a value there."""
+        return any(batch.column(name).null_count < batch.num_rows for batch in self._batches)
+
     def codes(self, name: str) -> npt.NDArray[np.int64]:
         """A column of texts, whole, as a number for each text."""
         whole = pa.chunked_array([batch.column(name) for batch in self._batches], type=pa.string())
-        codes: npt.NDArray[np.int64] = whole.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+        codes: npt.NDArray[np.int64] = whole.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
         return codes
-
-    def lengths(self) -> Rows:
-        """Tokens of each row."""
-        parts = [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self._batches]
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
     def lists(self, row: int, names: Sequence[str]) -> dict[str, npt.NDArray[np.int32]]:
         """Columns of lists of one row, as arrays over the file itself."""
@@ -63,39 +70,79 @@ class Shards:
         batch, at = self._place(row)
         return batch.column(name)[at].as_py()
 
+    def content(self, row: int) -> memoryview:
+        """A picture or sound, in the file itself."""
+        batch, at = self._place(row)
+        return memoryview(batch.column("content")[at].as_buffer())
+
     def _place(self, row: int) -> tuple[Any, int]:
         n = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._batches[n], row - int(self._starts[n])
 
 
 class TokenRows:
-    """The training or the validation rows of a prepared data set."""
+    """The rows of one part of a prepared data set: train, validation or retain."""
 
     def __init__(self, data: PreparedData, part: str) -> None:
-        """Open `part`: train or validation."""
+        """Open `part`."""
         self._shards = Shards(data.shards)
-        self._index: Rows = np.load(data.folder / f"{part}.npy", mmap_mode="r")
-        self.lengths = self._shards.lengths()[self._index]
-        """Tokens of each row."""
-        self.n_targets: Rows = self._shards.column("n_targets")[self._index].astype(np.int64)
+        self.numbers: Rows = np.load(data.folder / f"{part}.npy", mmap_mode="r")
+        """The number of each row over all shards."""
+        self.lengths = self._shards.column("cost")[self.numbers].astype(np.int64)
+        """How much work each row is: its tokens, its samples, or 1."""
+        self.n_targets: Rows = self._shards.column("n_targets")[self.numbers].astype(np.int64)
         """What the loss averages over, for each row."""
-        self._classes: Rows | None = None
-        if data.labels is not None:
-            self._classes = np.searchsorted(np.asarray(data.labels), self._shards.column("label")[self._index].astype(str))
+        self._lists = ["input_ids", "labels", *(["parts"] if self._shards.has("parts") else [])]
+        self._has_content = self._shards.has("content")
+        self._answer = _answers(self._shards, data)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.numbers)
 
     def take(self, rows: Rows) -> list[dict[str, Any]]:
-        """Rows by number: input_ids and labels (of tokens, or [class])."""
-        if self._classes is None:
-            return [self._shards.lists(int(self._index[n]), ("input_ids", "labels")) for n in rows]
-        classes = self._classes
-        return [{**self._shards.lists(int(self._index[n]), ("input_ids",)), "labels": classes[n : n + 1]} for n in rows]
+        """Rows by number: input_ids and labels (of tokens, or of the row), and `parts` and `content` where there are some."""
+        return [self._row(int(self.numbers[n])) for n in rows]
 
     def text(self, row: int) -> str:
         """What a row was made of, where it was kept."""
-        return str(self._shards.value(int(self._index[row]), "text"))
+        return str(self._shards.value(int(self.numbers[row]), "text"))
+
+    def _row(self, number: int) -> dict[str, Any]:
+        row: dict[str, Any] = self._shards.lists(number, self._lists)
+        if self._has_content:
+            row["content"] = self._shards.content(number)
+        if self._answer:
+            row["labels"] = self._answer(number, row)
+        return row
+
+
+def _answers(shards: Shards, data: PreparedData) -> Answer | None:
+    """What turns names of classes into numbers of the head's outputs; None where rows have no classes."""
+    if data.problem_type == "regression":
+        numbers = shards.column("number")
+        return lambda number, _: numbers[number : number + 1]
+    if data.labels is None:
+        return None
+    places = {label: n for n, label in enumerate(data.labels)}
+    if data.problem_type == "single_label_classification":
+        codes = np.array([places.get(label, IGNORED) for label in shards.column("label")], dtype=np.int64)
+        return lambda number, _: codes[number : number + 1]
+    if data.problem_type == "multi_label_classification":
+        return lambda number, _: _many(shards.value(number, "classes"), places)
+    return lambda number, row: _of_words(row["labels"], shards.value(number, "classes"), places)
+
+
+def _many(classes: Sequence[str], places: dict[str, int]) -> npt.NDArray[np.float32]:
+    """1 for each class that a row has, 0 for the others."""
+    made = np.zeros(len(places), dtype=np.float32)
+    made[[places[name] for name in classes]] = 1
+    return made
+
+
+def _of_words(words: npt.NDArray[np.int32], classes: Sequence[str], places: dict[str, int]) -> npt.NDArray[np.int64]:
+    """For each token the class of the word that it begins, else -100."""
+    of_word = np.array([places[name] for name in classes], dtype=np.int64)
+    return np.where(words >= 0, of_word[np.maximum(words, 0)], IGNORED)
 
 
 def _batches(path: Path) -> list[Any]:

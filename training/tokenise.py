@@ -3,7 +3,6 @@
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from hone.chat import ensure_template
+from hone.base_model import BaseModel
+from hone.data.files import MEDIA
 from hone.data.gate import Look, Measured, text_digest
+from hone.data.media import read_media
 from hone.data.parts import Part
 from hone.data.rows import ReadRow, read_rows
-from hone.errors import BaseModelError, DataError, ResourceError
-from training.tasks import TASKS, Encoded, Task
+from hone.errors import DataError, ResourceError
+from hone.recipe import DataSettings
+from models.tasks import TASKS, Encoded, Task
 from training.token_rows import SCHEMA
 
-ROWS_AT_ONCE = 256
-BATCH_TOKENS = 2**18
-"""At least so many tokens stand in one record batch: whoever opens a shard holds an object for each batch."""
+BATCH_BYTES = 2**20
+"""At least so many bytes stand in one record batch: whoever opens a shard holds an object for each batch."""
+PLAIN_FIELDS = ("parts", "n_targets", "cost", "label", "classes", "number", "content")
 _Kept = tuple[Encoded, ReadRow, int]
 """A row as tokens, as it was read, and its digest."""
-NO_TEMPLATE = "the base has no chat template, so ChatML is used"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Tokenising:
     columns: dict[str, str]
     group_by: str | None
     max_length: int
+    """Tokens; for a sound, milliseconds."""
     keeps_text: bool
     """Whether rows carry their text, for what changes it anew each time it is seen."""
     folder: Path
@@ -61,21 +63,39 @@ def tokenise(parts: Sequence[Part], number: int, work: Tokenising, *, near_rows:
     for folder in (work.folder, work.base_folder):
         if not folder.is_dir():
             raise ResourceError(f"node {socket.gethostname()} does not see {folder}; all nodes must mount the home and the base model")
-    task, tokenizer = TASKS[work.task], load_tokenizer(work.base_folder)
-    look = Look(unit="tokens")
+    task = TASKS[work.task]
+    processor = task.load_processor(work.base_folder)
+    look = Look(unit=task.unit)
     path, count = work.folder / f"shard-{number:05d}.arrow", 0
     kept: list[_Kept] = []
     with pa.ipc.new_file(str(path), SCHEMA) as writer:
         for part in parts:
             look.begin(part, sketched_rows=near_rows)
             rows = read_rows([part], shape=task.shape, columns=work.columns, group_by=work.group_by)
-            for reads in _batched(rows, ROWS_AT_ONCE):
-                kept += _encoded(reads, task, tokenizer, work.max_length, look)
-                if sum(len(row.input_ids) for row, _, _ in kept) >= BATCH_TOKENS:
+            for reads in _batched(rows, task.rows_at_once):
+                kept += _encoded(reads, task, processor, work.max_length, look)
+                if sum(_bytes(row) for row, _, _ in kept) >= BATCH_BYTES:
                     count += _write(writer, kept, work)
                     kept = []
         count += _write(writer, kept, work)
     return Shard(path.name, count, look)
+
+
+def longest(data: DataSettings, task: Task, base: BaseModel) -> int:
+    """What rows are cut to: tokens, or milliseconds of a sound."""
+    return round(data.max_seconds * 1000) if task.shape == "audio" else min(data.max_length, base.max_context)
+
+
+def with_media(read: ReadRow) -> dict[str, Any]:
+    """A good row, its picture or sound as bytes."""
+    row = read.row or {}
+    return {name: read_media(value, read.file.filesystem) if name in MEDIA else value for name, value in row.items()}
+
+
+def measured(made: Sequence[Encoded]) -> Measured:
+    """What the gate shows of a row."""
+    total = sum(each.length for each in made)
+    return Measured(total, sum(each.n_targets for each in made), is_cut=any(each.is_cut for each in made))
 
 
 def _write(writer: Any, kept: list[_Kept], work: Tokenising) -> int:
@@ -83,49 +103,22 @@ def _write(writer: Any, kept: list[_Kept], work: Tokenising) -> int:
     return len(kept)
 
 
-def _encoded(reads: list[ReadRow], task: Task, tokenizer: Any, max_length: int, look: Look) -> list[_Kept]:
-    """The good rows as tokens; all of them looked at."""
-    good = [read.row for read in reads if read.row is not None]
-    encoded = iter(task.encode(good, tokenizer, max_length=max_length) if good else [])
+def _bytes(row: Encoded) -> int:
+    return 4 * (len(row.input_ids) + len(row.labels)) // 2 + len(row.content or b"")
+
+
+def _encoded(reads: list[ReadRow], task: Task, processor: Any, max_length: int, look: Look) -> list[_Kept]:
+    """The good rows as the model reads them; all of them looked at."""
+    good = [with_media(read) for read in reads if read.row is not None]
+    encoded = iter(task.encode(good, processor, max_length=max_length) if good else [])
     kept: list[_Kept] = []
     for read in reads:
-        made = next(encoded) if read.row is not None else None
+        made = next(encoded) if read.row is not None else []
         if isinstance(made, DataError):
-            read = ReadRow(read.file, read.number, error=made.message)
-            made = None
-        look.add(read, Measured(made.length, made.n_targets, is_cut=made.length > max_length) if made else None)
-        if made:
-            kept.append((made, read, look.digests[-1]))
+            read, made = ReadRow(read.file, read.number, error=made.message), []
+        look.add(read, measured(made) if made else None)
+        kept += [(each, read, look.digests[-1]) for each in made]
     return kept
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The base's tokenizer, with a pad token and a chat template in any case.
-
-    Raises:
-        BaseModelError: it is none of the tokenizers library, so it does not say which characters a token is of.
-    """
-    return _loaded(folder)[0]
-
-
-def lacks_template(folder: Path) -> bool:
-    """Whether the base has no chat template of its own, so that its tokenizer was given ChatML."""
-    return _loaded(folder)[1]
-
-
-@lru_cache(maxsize=2)
-def _loaded(folder: Path) -> tuple[Any, bool]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.is_fast:
-        kind = type(tokenizer).__name__
-        raise BaseModelError(
-            f"{folder}: {kind} is written in Python and does not locate its tokens; add a tokenizer.json (a fast tokenizer)"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer, ensure_template(tokenizer)
 
 
 def _record_batch(kept: list[_Kept], *, keeps_text: bool) -> pa.RecordBatch:
@@ -133,8 +126,7 @@ def _record_batch(kept: list[_Kept], *, keeps_text: bool) -> pa.RecordBatch:
     columns: dict[str, Any] = {
         "input_ids": _lists([row.input_ids for row in rows]),
         "labels": _lists([row.labels for row in rows]),
-        "n_targets": [row.n_targets for row in rows],
-        "label": [row.label for row in rows],
+        **{name: [getattr(row, name) for row in rows] for name in PLAIN_FIELDS},
         "digest": [digest for _, _, digest in kept],
         "group": [digest if read.group is None else text_digest(read.group) for _, read, digest in kept],
         "text": [read.row["text"] if keeps_text and read.row else None for _, read, _ in kept],

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from hone.errors import RecipeError, RunFailedError
-from hone.recipe import Choice, Distribution, GridSearch, LogUniform, RandInt, Recipe, SearchSettings, Uniform, parse_recipe
+from hone.recipe import Choice, Distribution, GridSearch, LogUniform, RandInt, Recipe, SearchSettings, Uniform, parse_recipe, with_overrides
 from hone.storage import Home, write_text
 from training.job import Job
 from training.launch import final_metrics, fit, prepare_job
@@ -109,7 +109,7 @@ def _run_trial(values: dict[str, Any], *, recipe: dict[str, Any], home: str, run
     from ray.tune.integration.ray_train import TuneReportCallback
 
     trial = Trial(id=tune.get_context().get_trial_id(), values=values)
-    chosen = parse_recipe(recipe, where="trial").with_overrides(values)
+    chosen = with_overrides(parse_recipe(recipe, where="trial"), values)
     folder = Home(home).runs / run_id / "trials" / trial.id
     job = prepare_job(chosen, home=Home(home), run_id=f"{run_id}/{trial.id}", folder=folder)
     write_text(folder / TRIAL_FILE, trial.model_dump_json())

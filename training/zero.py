@@ -20,10 +20,15 @@ def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": {"enabled": dtype is torch.bfloat16},
-        "zero_optimization": {"stage": recipe.zero.stage},
+        "zero_optimization": {"stage": recipe.zero.stage, **_stage_3(recipe)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
     }
+
+
+def _stage_3(recipe: Recipe) -> dict[str, Any]:
+    """A moving average is of the shards, so small parameters must not be kept whole beside them."""
+    return {"stage3_param_persistence_threshold": 0} if recipe.zero.stage == 3 and recipe.train.ema_decay else {}
 
 
 def prepare_deepspeed(*, use_gpu: bool) -> Any:

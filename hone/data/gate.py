@@ -49,7 +49,7 @@ class Measured:
     is_cut: bool
 
 
-Measure = Callable[[dict[str, Any]], Measured]
+Measure = Callable[[ReadRow], Measured]
 """Raises DataError where the row is bad for its task."""
 Spot = tuple[int, int]
 """Where a row stands: which part, and its number there."""
@@ -62,6 +62,7 @@ def look_at(
     shape: str | None = None,
     group_by: str | None = None,
     measure: Measure | None = None,
+    unit: str = "tokens",
     near_rows: int = NEAR_ROWS,
 ) -> "Look":
     """Read all the rows of these parts.
@@ -72,17 +73,18 @@ def look_at(
         shape: The shape of row that is wanted, by default whatever is recognised.
         group_by: Column that every row must have.
         measure: Tokens of a row; without it lengths are characters, and nothing is said of targets.
+        unit: What `measure` counts.
         near_rows: How many rows to look at for near duplicates; 0 for none.
 
     Raises:
         DataError: a file that cannot be read at all.
     """
-    look = Look(unit="tokens" if measure else "characters")
+    look = Look(unit=unit if measure else "characters")
     for part in parts:
         look.begin(part, sketched_rows=near_rows)
         for read in read_rows([part], shape=shape, columns=columns, group_by=group_by):
             try:
-                measured = measure(read.row) if measure and read.row else None
+                measured = measure(read) if measure and read.row else None
             except DataError as error:
                 read, measured = ReadRow(read.file, read.number, error=error.message), None
             look.add(read, measured)
@@ -179,6 +181,15 @@ class Look:
         """Of a good row, by its number from 0."""
         return bisect.bisect_right(self._firsts, row) - 1, self.numbers[row]
 
+    def place(self, spot: Spot) -> str:
+        """A spot in words: the file, and the line or row."""
+        at, number = spot
+        file = self.parts[at].file
+        while not self.parts[at].is_first:
+            at -= 1
+            number += self.parts[at].numbers
+        return file if self.parts[at].is_media else f"{file}:{number}"
+
     def save(self, folder: Path) -> None:
         """Write it as look.json and look.npz."""
         sketches = np.zeros((len(self.sketches), PERMUTATIONS), dtype=np.uint32)
@@ -254,7 +265,7 @@ class _Report:
             self._counts += look.counts
             for kind, places in look.where.items():
                 for spot, text in places:
-                    self._tell(kind, f"{self._place(n, spot)}: {text}" if text else self._place(n, spot))
+                    self._tell(kind, f"{self._looks[n].place(spot)}: {text}" if text else self._looks[n].place(spot))
         if not self._looks[0].digests:
             self._counts["no_rows"] = 1
 
@@ -301,20 +312,12 @@ class _Report:
         kind = kinds[n != m]
         self._counts[kind] += 1
         if len(self._where.get(kind, [])) < SHOWN:
-            self._tell(kind, f"{self._place(n, spot)} {verb} {self._place(m, other_spot)}")
+            self._tell(kind, f"{self._looks[n].place(spot)} {verb} {self._looks[m].place(other_spot)}")
 
     def _at(self, row: int) -> tuple[int, Spot]:
         n_train = len(self._looks[0].digests)
         n, row = (0, row) if row < n_train else (1, row - n_train)
         return n, self._looks[n].spot(row)
-
-    def _place(self, look: int, spot: Spot) -> str:
-        parts, (at, number) = self._looks[look].parts, spot
-        file = parts[at].file
-        while not parts[at].is_first:
-            at -= 1
-            number += parts[at].numbers
-        return file if parts[at].is_media else f"{file}:{number}"
 
     def _tell(self, kind: str, text: str) -> None:
         places = self._where.setdefault(kind, [])

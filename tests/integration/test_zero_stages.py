@@ -11,13 +11,13 @@ import torch
 from hone.base_model import find_base_model
 from hone.recipe import Recipe, parse_recipe
 from hone.storage import Home
+from models.tasks import TASKS
 from training.data import prepare_data
 from training.launch import fit, prepare_job
-from training.loop import batch_plan
 from training.metrics import read_metrics
 from training.model import build_model
 from training.optim import learning_rate, make_optimizer
-from training.tasks import TASKS
+from training.start import batch_plan, inputs_of
 from training.token_rows import TokenRows
 
 STEPS = 20
@@ -65,12 +65,12 @@ def plain_losses(chosen: Recipe, home: Home, job: Any) -> list[float]:
     rows, task = TokenRows(prepared, "train"), TASKS[chosen.task]
     plan = batch_plan(chosen, prepared.sources)
     model = build_model(job, dtype=torch.float32, sharded=False).train()
-    optimizer = make_optimizer(model, chosen.optim)
+    heads = task.head_modules(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    optimizer, groups = make_optimizer(model, chosen, heads=heads, steps_per_epoch=plan.steps_per_epoch)
     losses = []
     for step in range(plan.total_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan.total_steps, chosen.optim)
-        batch = task.collate(rows.take(plan.rows(step)), pad_token_id=prepared.pad_token_id, packed=False)
+        groups.set_step(optimizer, step, learning_rate(step, plan.total_steps, chosen.optim))
+        batch = task.collate(rows.take(plan.rows(step)), inputs=inputs_of(job), packed=False)
         total, _ = task.loss(model, batch)
         loss = total / int(rows.n_targets[plan.rows(step)].sum())
         loss.backward()

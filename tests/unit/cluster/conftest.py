@@ -62,7 +62,9 @@ def published(tmp_path: Path) -> Registry:
             return AdapterManifest(
                 name="bot",
                 version=version,
-                kind="lora",
+                kind="adapter",
+                method="lora",
+                served="mixed",
                 task="chat",
                 base=BaseModelId(name="some/base", fingerprint="f" * 64),
                 dtype="float32",

@@ -42,7 +42,7 @@ def test_a_hub_name_out_of_reach_is_refused(home: Home) -> None:
 
 def test_a_base_without_a_tokenizer_is_refused(folder: Path, home: Home) -> None:
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(BaseModelError, match="no tokenizer"):
+    with pytest.raises(BaseModelError, match="neither a tokenizer"):
         find_base_model(str(folder), home=home)
 
 

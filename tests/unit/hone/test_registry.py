@@ -30,7 +30,9 @@ class Describe:
         return AdapterManifest(
             name=self.name,
             version=version,
-            kind="lora",
+            kind="adapter",
+            method="lora",
+            served="mixed",
             task="chat",
             base=BaseModelId(name="tiny", fingerprint="f" * 64),
             dtype="float32",

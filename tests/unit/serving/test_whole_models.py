@@ -26,6 +26,8 @@ def publish_whole(home: Home, base: Path, folder: Path, *, task: str, labels: li
             name="whole",
             version=version,
             kind="full",
+            method="full",
+            served="whole",
             task=task,
             base=find_base_model(str(base), home=home).id,
             dtype="float32",

@@ -10,12 +10,12 @@ import pytest
 from hone.base_model import find_base_model
 from hone.recipe import parse_recipe
 from hone.storage import Home
+from models.tasks import Inputs
+from models.tasks.tokenizer import load_tokenizer
 from training.augmented import augmented
 from training.data import prepare_data
 from training.job import Job
-from training.tasks import TASKS
 from training.token_rows import TokenRows
-from training.tokenise import load_tokenizer
 
 TEXT = "the cat sat on the mat and saw the dog run over the hill"
 
@@ -42,7 +42,7 @@ def jobs(bert: Path, tmp_path: Path, home: Home) -> Any:
 
 def taken(job: Job, step: int) -> list[list[int]]:
     rows = TokenRows(job.data, "train")
-    return [row["input_ids"].tolist() for row in augmented(rows, job, TASKS[job.recipe.task])(step, np.arange(len(rows)))]
+    return [row["input_ids"].tolist() for row in augmented(rows, job, Inputs())(step, np.arange(len(rows)))]
 
 
 def test_the_seed_and_the_step_decide(jobs: Any) -> None:
@@ -74,7 +74,7 @@ def test_classes_and_validation_rows_stay(jobs: Any) -> None:
     job, plain = jobs(probability=1.0, word_dropout=0.5), jobs()
     rows = TokenRows(job.data, "train")
     numbers = np.arange(len(rows))
-    given = augmented(rows, job, TASKS["text-classification"])(5, numbers)
+    given = augmented(rows, job, Inputs())(5, numbers)
     assert [row["labels"][0] for row in given] == [row["labels"][0] for row in TokenRows(plain.data, "train").take(numbers)]
     held = [TokenRows(each.data, "validation").take(np.arange(8)) for each in (job, plain)]
     assert [row["input_ids"].tolist() for row in held[0]] == [row["input_ids"].tolist() for row in held[1]]

@@ -14,9 +14,9 @@ from hone.data.cache import Entry, entries
 from hone.errors import DataError
 from hone.recipe import Recipe, parse_recipe
 from hone.storage import Home
+from models.tasks.tokenizer import load_tokenizer
 from training.data import prepare_data
 from training.token_rows import TokenRows
-from training.tokenise import load_tokenizer
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import pytest
 
 from hone.base_model import BaseModel, find_base_model
 from hone.errors import DataError, RecipeError
-from hone.recipe import Recipe, load_recipe, parse_recipe
+from hone.recipe import Recipe, load_recipe, parse_recipe, with_overrides
 from hone.storage import Home
+from models.tasks.tokenizer import load_tokenizer
 from training.data import prepare_data
 from training.job import PreparedData
-from training.loop import batch_plan
+from training.start import batch_plan
 from training.token_rows import TokenRows
-from training.tokenise import load_tokenizer
 
 
 @pytest.fixture
@@ -88,8 +88,12 @@ def test_sources_are_mixed_by_weight_and_retain_takes_its_share(base: BaseModel,
     general = written(tmp_path / "c.jsonl", *[asked(n) for n in range(200, 210)])
     mix = [{"source": str(other), "weight": 0.5, "columns": {"prompt": "q", "completion": "a"}}]
     prepared = prepare_data(recipe(base, train, mix=mix, retain=str(general), retain_fraction=0.2), base, home=home)
-    assert [(s.role, s.rows, s.per_epoch) for s in prepared.sources] == [("train", 30, 30), ("mix", 60, 30), ("retain", 10, 15)]
-    assert [n // 100 for n in numbers(prepared, "train", base)] == [0] * 30 + [1] * 60 + [2] * 10
+    assert [(s.role, s.rows, s.per_epoch) for s in prepared.sources] == [
+        ("train", 30, 30),
+        ("mix", 60, 30),
+        ("retain", 5, 15),
+    ]  # five of its rows only measure
+    assert [n // 100 for n in numbers(prepared, "train", base)] == [0] * 30 + [1] * 60 + [2] * 5
     assert {n // 100 for n in numbers(prepared, "validation", base)} == {0}
 
 
@@ -147,7 +151,7 @@ def test_validation_rows_with_nothing_left_after_filtering_are_refused(base: Bas
     train = written(tmp_path / "a.jsonl", *[asked(n, customer="a") for n in range(30)], *[{**long, "customer": "b"}] * 10)
     for seed in range(5):
         chosen = recipe(base, train, group_by="customer", validation_fraction=0.25, max_length=48)
-        chosen = chosen.with_overrides({"train.seed": seed})
+        chosen = with_overrides(chosen, {"train.seed": seed})
         with pytest.raises(DataError, match="no row that was held out has anything to learn"):
             prepare_data(chosen, base, home=home)
 

@@ -14,6 +14,7 @@ from hone.data.gate import report as report_of
 from hone.data.parts import cut
 from hone.data.private import PATTERNS, kinds_in, possible, redacted, texts_in
 from hone.data.report import Report
+from hone.data.rows import ReadRow
 from hone.errors import DataError
 
 SENTENCE = "the quick brown fox jumps over a lazy dog and then runs back into the old dark forest before the night falls again"
@@ -132,8 +133,8 @@ def test_no_secret_reaches_across_two_texts() -> None:
 
 
 def test_a_row_that_its_task_refuses_is_a_bad_row(tmp_path: Path) -> None:
-    def refuse(row: dict[str, Any]) -> Measured:
-        if row["label"] == "b":
+    def refuse(read: ReadRow) -> Measured:
+        if read.row and read.row["label"] == "b":
             raise DataError("not this one")
         return Measured(3, 1, is_cut=False)
 

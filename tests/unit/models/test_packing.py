@@ -8,11 +8,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hone.recipe import TrainSettings
+from models.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
+from models.tasks import TASKS, Inputs
+from models.tasks.causal import split_head
 from training.batches import deal_packed
 from training.forward import choose_packing
-from training.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
-from training.tasks import TASKS
-from training.tasks.causal import split_head
 
 SMALL = {
     "vocab_size": 97,
@@ -71,16 +71,17 @@ def ragged_rows(seed: int = 0) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_rows_have_the_loss_and_the_outputs_of_each_alone(name: str) -> None:
     model, task, rows = tiny(name, **ARCHITECTURES[name]), TASKS["chat"], ragged_rows()
-    alone = [task.collate([row], pad_token_id=0, packed=False) for row in rows]
+    alone = [task.collate([row], inputs=Inputs(0), packed=False) for row in rows]
     with torch.no_grad():
         expected = [plain_loss(model, row) for row in rows]
         expected_outputs = torch.cat([task.outputs(model, batch) for batch in alone])
     assert choose_packing(model, task, TrainSettings())
     assert (split_head(model) is not None) == (name in ONE_LINEAR_HEAD)
     with torch.no_grad():
-        outputs = task.outputs(model, task.collate(rows, pad_token_id=0, packed=True))
-        together, _ = task.loss(model, task.collate(rows, pad_token_id=0, packed=True))
-        others = [float(task.loss(model, task.collate(rows[:n] + rows[n + 1 :], pad_token_id=0, packed=True))[0]) for n in range(len(rows))]
+        outputs = task.outputs(model, task.collate(rows, inputs=Inputs(0), packed=True))
+        together, _ = task.loss(model, task.collate(rows, inputs=Inputs(0), packed=True))
+        without = [task.collate(rows[:n] + rows[n + 1 :], inputs=Inputs(0), packed=True) for n in range(len(rows))]
+        others = [float(task.loss(model, batch)[0]) for batch in without]
     torch.testing.assert_close(outputs, expected_outputs, atol=1e-5, rtol=1e-5)
     assert float(together) == pytest.approx(sum(expected), rel=1e-5)
     for n, other in enumerate(others):  # row by row: what is missing without it is its own loss
@@ -95,7 +96,7 @@ def test_gradients_are_those_of_padded_rows(name: str) -> None:
         model = tiny(name, **ARCHITECTURES[name])
         if packed:
             assert choose_packing(model, task, TrainSettings())
-        loss, _ = task.loss(model, task.collate(rows, pad_token_id=0, packed=packed))
+        loss, _ = task.loss(model, task.collate(rows, inputs=Inputs(0), packed=packed))
         loss.backward()  # type: ignore[no-untyped-call]
         gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
     for key, gradient in gradients[0].items():

@@ -16,7 +16,7 @@ CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, *, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross entropy of `softmax(hidden @ weight.T + bias)` at the targets, and how many are the likeliest.
 
@@ -25,14 +25,17 @@ def linear_cross_entropy(
         weight: [vocabulary, width].
         bias: [vocabulary].
         targets: [targets] int64.
+        label_smoothing: Share of each target's probability that is spread over the whole vocabulary.
     """
-    loss, right = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    loss, right = _LinearCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing)  # type: ignore[no-untyped-call]
     return loss, right
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, smoothing: float
+    ) -> Any:
         wanted = ctx.needs_input_grad[:3]
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
@@ -45,11 +48,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = linear(part, weight, bias).float()
             right += (logits.argmax(-1, keepdim=True) == target).sum()
             total = logits.logsumexp(-1, keepdim=True)
-            loss += (total - logits.gather(1, target)).sum()
+            loss += (total - (1 - smoothing) * logits.gather(1, target)).sum()
+            if smoothing:
+                loss -= smoothing * logits.mean(-1).sum()
             if not any(wanted):
                 continue
-            # Softmax minus one at the target, in place of the logits.
-            logits.sub_(total).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
+            # Softmax minus one at the target (or what smoothing makes of that one), in place of the logits.
+            logits.sub_(total).exp_().scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=logits.dtype))
+            if smoothing:
+                logits.sub_(smoothing / logits.shape[1])
             of_logits = logits.to(weight.dtype)
             if of_hidden is not None:
                 torch.mm(of_logits, weight, out=of_hidden[start : start + step])
@@ -65,4 +72,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if gradient is None else (gradient * outputs[0]).to(dtype) for gradient, dtype in gradients), None
+        return *(None if gradient is None else (gradient * outputs[0]).to(dtype) for gradient, dtype in gradients), None, None

@@ -1,0 +1,58 @@
+"""The recipe: YAML and dotted overrides in, `Recipe` out; workers see only the resolved JSON. One file a section."""
+
+from hone.recipe.data import AudioAugmentation, AugmentSettings, DataSettings, ImageAugmentation, MixedSource, TextAugmentation
+from hone.recipe.guard import GuardSettings
+from hone.recipe.load import load_recipe, parse_override, parse_recipe, recipe_schema, with_overrides
+from hone.recipe.method import (
+    AdapterMethod,
+    FreezeMethod,
+    FullMethod,
+    GradualUnfreezing,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PrefixMethod,
+    PromptMethod,
+)
+from hone.recipe.recipe import PublishSettings, Recipe
+from hone.recipe.search import AshaScheduler, Choice, Distribution, GridSearch, LogUniform, RandInt, SearchSettings, Uniform
+from hone.recipe.train import OptimSettings, PreferenceSettings, ScalingSettings, TrainSettings, ZeroSettings
+
+__all__ = [
+    "AdapterMethod",
+    "AshaScheduler",
+    "AudioAugmentation",
+    "AugmentSettings",
+    "Choice",
+    "DataSettings",
+    "Distribution",
+    "FreezeMethod",
+    "FullMethod",
+    "GradualUnfreezing",
+    "GridSearch",
+    "GuardSettings",
+    "Ia3Method",
+    "ImageAugmentation",
+    "LogUniform",
+    "LoraMethod",
+    "Method",
+    "MixedSource",
+    "OptimSettings",
+    "PreferenceSettings",
+    "PrefixMethod",
+    "PromptMethod",
+    "PublishSettings",
+    "RandInt",
+    "Recipe",
+    "ScalingSettings",
+    "SearchSettings",
+    "TextAugmentation",
+    "TrainSettings",
+    "Uniform",
+    "ZeroSettings",
+    "load_recipe",
+    "parse_override",
+    "parse_recipe",
+    "recipe_schema",
+    "with_overrides",
+]

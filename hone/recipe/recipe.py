@@ -1,0 +1,121 @@
+"""The recipe: every setting of a run, typed, with its unit and meaning beside it.
+
+Keys are spelled as PEFT (`lora_alpha`), DeepSpeed (`zero.stage`) and Ray (`num_workers`, `resources_per_worker`) spell them. What cannot
+work is refused here, before anything is read or started.
+"""
+
+import difflib
+
+from pydantic import Field, model_validator
+
+from hone.methods import METHODS, why_not
+from hone.recipe.data import DataSettings
+from hone.recipe.guard import GuardSettings
+from hone.recipe.keys import all_keys
+from hone.recipe.method import LoraMethod, Method
+from hone.recipe.search import LogUniform, RandInt, SearchSettings, Uniform
+from hone.recipe.settings import Name, Settings
+from hone.recipe.train import OptimSettings, PreferenceSettings, ScalingSettings, TrainSettings, ZeroSettings
+from hone.tasks import TASKS, TaskName
+
+
+class PublishSettings(Settings):
+    """What happens to the result."""
+
+    enabled: bool = True
+    alias: Name | None = None
+    """Alias moved to the new version once it is published."""
+
+
+class Recipe(Settings):
+    """One fine-tuning run."""
+
+    name: Name
+    """The adapter is published as NAME@1, NAME@2, ..."""
+    task: TaskName
+    """What it learns to do; `hone methods` says which methods go with it."""
+    base: str = Field(min_length=1)
+    """Base model: a Hugging Face folder, or a hub name such as Qwen/Qwen3-0.6B."""
+    revision: str | None = None
+    """Hub revision of the base model."""
+    data: DataSettings
+    method: Method = LoraMethod()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    guard: GuardSettings = GuardSettings()
+    preference: PreferenceSettings = PreferenceSettings()
+    zero: ZeroSettings = ZeroSettings()
+    scaling: ScalingSettings = ScalingSettings()
+    search: SearchSettings | None = None
+    publish: PublishSettings = PublishSettings()
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "Recipe":
+        batch, workers = self.train.global_batch_size, self.scaling.num_workers
+        if batch % workers:
+            raise ValueError(
+                f"train.global_batch_size {batch} does not divide among scaling.num_workers {workers}; use a multiple of {workers}"
+            )
+        _check_method(self)
+        _check_augmentation(self)
+        _check_guard(self)
+        for key, domain in (self.search.space if self.search else {}).items():
+            _check_search_key(key)
+            if isinstance(domain, LogUniform | Uniform | RandInt) and domain.upper <= domain.lower:
+                raise ValueError(f"search.space.{key}: upper {domain.upper} is not above lower {domain.lower}")
+        return self
+
+
+def _check_method(recipe: Recipe) -> None:
+    reason = why_not(recipe.task, recipe.method.type)
+    if reason:
+        others = ", ".join(name for name in METHODS if not why_not(recipe.task, name))
+        raise ValueError(f"method {recipe.method.type} does not go with task {recipe.task}: {reason}. What does: {others}")
+    method, stage = recipe.method, recipe.zero.stage
+    if isinstance(method, LoraMethod) and stage == 3 and (method.use_dora or method.load_in_4bit):
+        key = "use_dora" if method.use_dora else "load_in_4bit"
+        raise ValueError(f"method.{key} needs each weight whole, and zero.stage 3 shards them; use zero.stage 2")
+    if recipe.preference != PreferenceSettings() and recipe.task != "preference":
+        raise ValueError(f"preference: is for the task preference, and this is {recipe.task}")
+
+
+def _check_augmentation(recipe: Recipe) -> None:
+    augment = recipe.data.augment
+    if augment.text and recipe.task != "text-classification":
+        raise ValueError(f"data.augment.text is for the task text-classification; a {recipe.task} row would learn the changed words")
+    for kind, settings in (("image", augment.image), ("audio", augment.audio)):
+        if settings and recipe.task != f"{kind}-classification":
+            raise ValueError(f"data.augment.{kind} is for the task {kind}-classification, and this is {recipe.task}")
+
+
+def _check_guard(recipe: Recipe) -> None:
+    guard, data = recipe.guard, recipe.data
+    metrics = ["eval_loss", *(f"eval_{name}" for name in TASKS[recipe.task].metrics)]
+    if guard.metric not in metrics:
+        raise ValueError(f"guard.metric {guard.metric!r} is not measured by task {recipe.task}; there are {', '.join(metrics)}")
+    if guard.metric == "eval_loss" and guard.mode == "max":
+        raise ValueError("guard.mode max would keep the weights with the highest loss; use min")
+    if guard.metric.endswith("accuracy") and guard.mode == "min":
+        raise ValueError(f"guard.mode min would keep the weights with the lowest {guard.metric}; set guard.mode: max")
+    if guard.early_stopping_patience and not data.validation and not data.validation_fraction and not data.folds:
+        raise ValueError("guard.early_stopping_patience needs validation rows; set data.validation or data.validation_fraction")
+    if guard.max_retain_loss_increase is not None and data.retain is None:
+        raise ValueError("guard.max_retain_loss_increase is measured on data.retain, and there is none")
+    if guard.kl_penalty and recipe.task == "preference":
+        raise ValueError("guard.kl_penalty: the task preference has its own penalty towards the base, preference.beta")
+    if guard.kl_penalty and recipe.zero.stage == 3 and not METHODS[recipe.method.type].keeps_base:
+        raise ValueError(f"guard.kl_penalty with method {recipe.method.type} needs a second copy of the base; use zero.stage 2 or lower")
+    if guard.kl_penalty and data.retain and not data.retain_fraction:
+        raise ValueError("guard.kl_penalty is on the rows of data.retain that are mixed in, and data.retain_fraction is 0")
+
+
+def _check_search_key(key: str) -> None:
+    known = all_keys(Recipe)
+    if key in known and key.split(".")[0] in SEARCHED:
+        return
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; name a key of {', '.join(SEARCHED)}"
+    raise ValueError(f"search.space.{key}: not a recipe key that can be searched{hint}")
+
+
+SEARCHED = ("method", "optim", "train", "data", "guard", "preference", "zero")

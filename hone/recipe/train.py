@@ -1,0 +1,89 @@
+"""How the weights move: the optimiser, how long, what DeepSpeed shards, and the workers."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hone.recipe.settings import Fraction, Settings
+
+
+class OptimSettings(Settings):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate. 1e-4 to 1e-3 suits LoRA, 1e-5 to 5e-5 full fine-tuning, 1e-3 to 1e-2 ia3, prompt and prefix."""
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of a new head, which often learns well at ten times that of the body; by default the same."""
+    layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each layer learns at this times the rate of the one above it, 0.8 to 0.95 for full fine-tuning; 1 for all alike."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Of matrices; biases and the weights of norms are left alone."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """How the learning rate falls to 0 after warm-up; wsd holds it and falls at the end (https://arxiv.org/abs/2404.06395)."""
+    warmup_ratio: Fraction = 0.06
+    """Share of all steps over which the learning rate rises from 0."""
+    decay_ratio: Fraction = 0.2
+    """Share of all steps over which wsd falls."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are clipped to this norm; 0 leaves them alone."""
+
+
+class TrainSettings(Settings):
+    """How long, in what portions, and how often to look."""
+
+    num_train_epochs: float = Field(default=3, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimiser steps, whatever num_train_epochs says."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Rows per optimiser step over all workers, the same at any number of workers."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Most rows of one forward pass on one worker; gradient accumulation makes up the rest. Packed: as many tokens as so many of the
+    longest rows have."""
+    packing: bool = True
+    """Lay rows end to end instead of padding them to one length, where task and model allow it. No token attends to another row's, and
+    losses are the same; only the time differs."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Steps between validations; by default once an epoch. There is always one before the first step and one at the end."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints that a restarted run resumes from; by default as often as validation."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on a GPU that has it and fp32 elsewhere."""
+    label_smoothing_factor: Fraction = 0.0
+    """Share of each target's probability that is spread over all classes or tokens (https://arxiv.org/abs/1512.00567)."""
+    dropout: Fraction | None = None
+    """Dropout of the base's layers, in place of what its configuration says."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Validate and publish a moving average of the weights that train, which each step moves by 1 - this; 0.99 to 0.999."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class ZeroSettings(Settings):
+    """What DeepSpeed shards over the workers (https://arxiv.org/abs/1910.02054)."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """0 nothing, 1 optimiser state, 2 and gradients, 3 and weights."""
+
+
+class ScalingSettings(Settings):
+    """Workers and what each of them gets, as Ray Train's ScalingConfig."""
+
+    num_workers: int = Field(default=1, ge=1)
+    use_gpu: bool | Literal["auto"] = "auto"
+    """auto takes one GPU a worker where the cluster has any."""
+    resources_per_worker: dict[str, float] | None = None
+    """Such as {CPU: 4, GPU: 1}; by default one CPU, and one GPU where GPUs are used."""
+    wait_for_nodes_s: float = Field(default=0, ge=0)
+    """How long to wait for an autoscaling cluster to grow before giving up."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often the workers are restarted from the last checkpoint after one is lost."""
+
+
+class PreferenceSettings(Settings):
+    """Direct preference optimisation (https://arxiv.org/abs/2305.18290), for the task preference."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How much it costs to move away from the base."""

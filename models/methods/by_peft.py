@@ -1,0 +1,61 @@
+"""What the methods have in common that PEFT does (https://huggingface.co/docs/peft)."""
+
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from hone.errors import RecipeError
+from models.blocks import linear_names
+from models.methods.method import Applying, State
+
+
+class PeftMethod:
+    """Configured by PEFT, saved in its format, and loaded by `PeftModel.from_pretrained`."""
+
+    name: ClassVar[str]
+
+    def config(self, model: Any, settings: Any, how: Applying) -> Any:
+        """The PEFT configuration for this model."""
+        raise NotImplementedError
+
+    def apply(self, model: Any, settings: Any, how: Applying) -> Any:
+        from peft import get_peft_model
+
+        try:
+            with warnings.catch_warnings():
+                # peft 0.21 reads a property that transformers 5.23 has renamed; nothing a user could do about it.
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+                return get_peft_model(model, self.config(model, settings, how))
+        except ValueError as error:
+            if "arget modules" not in str(error):
+                raise
+            targets = getattr(settings, "target_modules", None)
+            raise no_targets(model, targets) from None
+
+    def off(self, model: Any) -> AbstractContextManager[Any]:
+        block: AbstractContextManager[Any] = model.disable_adapter()
+        return block
+
+    def trained(self, name: str, parameter: torch.nn.Parameter) -> bool:  # noqa: ARG002 - the protocol's signature
+        return parameter.requires_grad
+
+    def save(self, model: Any, settings: Any, state: State, folder: Path) -> None:  # noqa: ARG002
+        # "auto" would look for the base on the hub, to see whether its vocabulary grew.
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+    def load(self, model: Any, folder: Path) -> Any:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+
+    def merge(self, model: Any) -> Any:
+        return model.merge_and_unload()
+
+
+def no_targets(model: Any, targets: Any) -> RecipeError:
+    """What to say where nothing of the model is meant by the target modules."""
+    what = f"method.target_modules {targets} match nothing" if targets else "this architecture has no layers that the method knows by name"
+    return RecipeError(f"{what}; name some in method.target_modules. Its linear layers are {', '.join(linear_names(model))}")

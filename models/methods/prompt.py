@@ -1,0 +1,48 @@
+"""`prompt` and `prefix`: learnt vectors before the words, or before the keys and values of each layer."""
+
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from hone.errors import RecipeError
+from hone.recipe import PrefixMethod, PromptMethod
+from models.methods.by_peft import PeftMethod
+from models.methods.method import Applying
+
+
+class Prompt(PeftMethod):
+    """PEFT's PromptTuningConfig."""
+
+    name: ClassVar[str] = "prompt"
+
+    def config(self, model: Any, settings: PromptMethod, how: Applying) -> Any:
+        from peft import PromptTuningConfig
+
+        return PromptTuningConfig(
+            task_type=how.task.peft_task_type,
+            num_virtual_tokens=settings.num_virtual_tokens,
+            **_heads(model, how),
+        )
+
+    def merge(self, model: Any) -> Any:  # noqa: ARG002 - the protocol's signature
+        raise RecipeError(
+            f"what {self.name} tuning learns stands beside the base's weights and cannot be merged into them; export it as peft"
+        )
+
+
+class Prefix(Prompt):
+    """PEFT's PrefixTuningConfig, without the network that the paper trains the prefix through."""
+
+    name: ClassVar[str] = "prefix"
+
+    def config(self, model: Any, settings: PrefixMethod | PromptMethod, how: Applying) -> Any:
+        from peft import PrefixTuningConfig
+
+        return PrefixTuningConfig(task_type=how.task.peft_task_type, num_virtual_tokens=settings.num_virtual_tokens, **_heads(model, how))
+
+    def off(self, model: Any) -> AbstractContextManager[Any]:
+        return super().off(model)
+
+
+def _heads(model: Any, how: Applying) -> dict[str, Any]:
+    heads = how.task.head_modules(model)
+    return {"modules_to_save": heads} if heads else {}

@@ -1,0 +1,134 @@
+"""Everything that a worker needs before its first step: model, DeepSpeed's engine, rows, and what is measured."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hone.methods import METHODS as METHOD_FACTS
+from hone.recipe import Recipe
+from models.methods import METHODS
+from models.tasks import TASKS, Inputs
+from training.augmented import augmented
+from training.batches import BatchPlan, Mixed, Rows
+from training.ema import MovingAverage
+from training.evaluate import evaluate
+from training.forward import Batcher, TaskModule, choose_packing
+from training.job import Job, SourceRows
+from training.model import build_model, choose_dtype, load_base
+from training.optim import Groups, make_optimizer
+from training.retention import Retention
+from training.token_rows import TokenRows
+from training.worker import Worker
+from training.zero import deepspeed_config, prepare_deepspeed, sharded_loading
+
+
+@dataclass(eq=False)
+class Started:
+    """One worker's part of a run."""
+
+    job: Job
+    worker: Worker
+    engine: Any
+    optimizer: Any
+    groups: Groups
+    batcher: Batcher
+    plan: BatchPlan
+    rows: TokenRows
+    take: Callable[[int, Rows], list[dict[str, Any]]]
+    """Training rows of a step by number, changed as the recipe says."""
+    validation: TokenRows
+    retention: Retention | None
+    average: MovingAverage | None
+    first_replayed: int
+    """Training rows from this number on come from `data.retain`."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure but the training loss."""
+        return bool(len(self.validation) or self.retention)
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        """A block in which the model has the weights that are measured and published."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def measure(self) -> dict[str, float]:
+        """Validation and retention as the weights are now."""
+        measured = evaluate(self.engine, self.validation, self.batcher, self.worker) if len(self.validation) else {}
+        return {**measured, **(self.retention.measure() if self.retention else {})}
+
+
+def start(job: Job, worker: Worker) -> Started:
+    """Build it all; the engine still answers as the base, or what the method makes of it before it has learnt anything."""
+    recipe, task, method = job.recipe, TASKS[job.recipe.task], METHODS[job.recipe.method.type]
+    deepspeed = prepare_deepspeed(use_gpu=job.use_gpu)
+    device = torch.device("cuda", worker.local_rank) if job.use_gpu else torch.device("cpu")
+    dtype = choose_dtype(recipe, use_gpu=job.use_gpu)
+
+    rows = TokenRows(job.data, "train")
+    plan = batch_plan(recipe, job.data.sources)
+    config = deepspeed_config(recipe, dtype=dtype)
+    with sharded_loading(config):
+        model = build_model(job, dtype=dtype, sharded=recipe.zero.stage == 3, rank=worker.rank)
+    packed = choose_packing(model, task, recipe.train)
+    inputs = inputs_of(job)
+    batcher = Batcher(task, recipe.train, worker, packed=packed, inputs=inputs, device=device)
+    keeps_base = METHOD_FACTS[recipe.method.type].keeps_base
+    reference = None
+    if recipe.guard.kl_penalty and not keeps_base:
+        reference = load_base(job, dtype=dtype).to(device).eval().requires_grad_(False)
+        if packed:
+            choose_packing(reference, task, recipe.train)
+    optimizer, groups = make_optimizer(model, recipe, heads=task.head_modules(_plain(model)), steps_per_epoch=plan.steps_per_epoch)
+    module = TaskModule(model, task, method, train=recipe.train, beta=recipe.preference.beta, reference=reference)
+    engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+
+    retained = TokenRows(job.data, "retain")
+    return Started(
+        job=job,
+        worker=worker,
+        engine=engine,
+        optimizer=optimizer,
+        groups=groups,
+        batcher=batcher,
+        plan=plan,
+        rows=rows,
+        take=augmented(rows, job, inputs),
+        validation=TokenRows(job.data, "validation"),
+        retention=Retention(
+            engine,
+            retained,
+            batcher,
+            worker,
+            has_probabilities=recipe.task != "preference" and job.data.problem_type != "regression",
+            keeps_base=keeps_base,
+        )
+        if len(retained)
+        else None,
+        average=MovingAverage(groups.trainable, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None,
+        first_replayed=sum(source.rows for source in job.data.sources if source.role != "retain"),
+    )
+
+
+def batch_plan(recipe: Recipe, sources: Sequence[SourceRows]) -> BatchPlan:
+    """The steps of a recipe over these rows."""
+    return BatchPlan(
+        sources=tuple(Mixed(source.rows, source.per_epoch) for source in sources),
+        global_batch_size=recipe.train.global_batch_size,
+        epochs=recipe.train.num_train_epochs,
+        max_steps=recipe.train.max_steps,
+        seed=recipe.train.seed,
+    )
+
+
+def inputs_of(job: Job) -> Inputs:
+    """What turns the job's rows into tensors."""
+    task = TASKS[job.recipe.task]
+    reads_tokens = task.unit == "tokens"
+    return Inputs(job.data.pad_token_id, None if reads_tokens else task.load_processor(job.base_folder))
+
+
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
