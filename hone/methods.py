@@ -31,7 +31,6 @@ class MethodFacts:
 
 NO_REFERENCE = "the loss compares with the base, which is there no longer once its own weights train; use lora, and export it merged"
 NO_TEXT = "its vectors stand before those of words, and this task's model reads none"
-NO_CACHE = "its vectors stand in the attention's cache, and encoders have none in transformers 5"
 METHODS: dict[MethodName, MethodFacts] = {
     "lora": MethodFacts("low-rank updates beside frozen weights", "https://arxiv.org/abs/2106.09685", "mixed"),
     "full": MethodFacts("every weight", "", "whole", keeps_base=False, refuses={"preference": NO_REFERENCE}),
@@ -54,12 +53,7 @@ METHODS: dict[MethodName, MethodFacts] = {
         "keys and values before those of each layer",
         "https://arxiv.org/abs/2101.00190",
         "alone",
-        refuses={
-            "text-classification": NO_CACHE,
-            "token-classification": NO_CACHE,
-            "image-classification": NO_TEXT,
-            "audio-classification": NO_TEXT,
-        },
+        refuses={"image-classification": NO_TEXT, "audio-classification": NO_TEXT},
     ),
 }
 assert set(METHODS) == set(get_args(MethodName))

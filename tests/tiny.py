@@ -78,3 +78,95 @@ def make_bert(folder: Path, *, seed: int = 0) -> Path:
     model.config.architectures = ["BertModel"]
     model.save_pretrained(folder)
     return folder
+
+
+def make_bart(folder: Path, *, seed: int = 0) -> Path:
+    """A random encoder-decoder of two layers each."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=128,
+        dropout=0.0,
+        init_std=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def make_vit(folder: Path, *, seed: int = 0) -> Path:
+    """A random vision transformer of two layers, for pictures of 16 pixels a side."""
+    from transformers import ViTConfig, ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+    )
+    model = ViTModel(config, add_pooling_layer=False)
+    model.config.architectures = ["ViTModel"]
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_ast(folder: Path, *, seed: int = 0) -> Path:
+    """A random audio spectrogram transformer of two layers, for sounds of a third of a second."""
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
+
+    ASTFeatureExtractor(num_mel_bins=32, max_length=32, sampling_rate=8000).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = ASTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        patch_size=8,
+        frequency_stride=8,
+        time_stride=8,
+        max_length=32,
+        num_mel_bins=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+    )
+    model = ASTModel(config)
+    model.config.architectures = ["ASTModel"]
+    model.save_pretrained(folder)
+    return folder
+
+
+MAKERS = {"llama": make_llama, "bert": make_bert, "bart": make_bart, "vit": make_vit, "ast": make_ast}
+BASE_OF = {
+    "chat": "llama",
+    "completion": "llama",
+    "preference": "llama",
+    "text-classification": "bert",
+    "token-classification": "bert",
+    "seq2seq": "bart",
+    "image-classification": "vit",
+    "audio-classification": "ast",
+}
+"""Which of them a task is tried on."""

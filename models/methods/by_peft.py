@@ -52,6 +52,13 @@ class PeftMethod:
         return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
 
     def merge(self, model: Any) -> Any:
+        from peft.utils import ModulesToSaveWrapper
+
+        # First the heads: where a method does not merge them itself, PEFT takes each for one layer with a weight.
+        base = model.get_base_model()
+        for name, module in list(base.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                base.set_submodule(name, module.modules_to_save[module.active_adapter])
         return model.merge_and_unload()
 
 

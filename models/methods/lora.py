@@ -1,6 +1,8 @@
 """`lora`: low-rank updates beside frozen weights, and what has been made of it: rsLoRA, DoRA, PiSSA, LoRA+, QLoRA."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,6 +45,15 @@ class Lora(PeftMethod):
         if settings.init_lora_weights == "pissa":
             _begin_from_singular_vectors(made, settings, how)
         return made
+
+    @contextmanager
+    def off(self, model: Any) -> Iterator[None]:
+        with super().off(model):
+            yield
+        _freeze_start(model)  # PEFT has made everything that is active trainable again
+
+    def trained(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        return parameter.requires_grad and f".{START}." not in name
 
     def save(self, model: Any, settings: LoraMethod, state: State, folder: Path) -> None:
         if settings.init_lora_weights != "pissa":
@@ -89,7 +100,8 @@ def _begin_from_singular_vectors(model: Any, settings: LoraMethod, how: Applying
     config = model.peft_config["default"]
     frozen = type(config)(**{**config.to_dict(), "modules_to_save": None, "inference_mode": False})
     model.add_adapter(START, frozen)
-    model.base_model.set_adapter(["default", START])
+    for _, layer in _lora_layers(model):  # not the heads, of which only one can be active
+        layer.set_adapter(["default", START])
     kept = how.folder / PISSA_FILE if how.folder else None
     known = load_file(kept) if kept and kept.exists() else {}
     made: State = {}
@@ -103,11 +115,15 @@ def _begin_from_singular_vectors(model: Any, settings: LoraMethod, how: Applying
         made |= {f"{name}.A": a, f"{name}.B": b}
         _fill(layer, "default", a, b, how)
         _fill(layer, START, a, -b, how)
+    _freeze_start(model)
+    if kept and how.rank == 0 and not known:
+        save_file({name: tensor.contiguous() for name, tensor in made.items()}, kept)
+
+
+def _freeze_start(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if f".{START}." in name:
             parameter.requires_grad_(False)
-    if kept and how.rank == 0 and not known:
-        save_file({name: tensor.contiguous() for name, tensor in made.items()}, kept)
 
 
 def _largest_part(weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +148,7 @@ def _lora_layers(model: Any) -> list[tuple[str, Any]]:
 
 
 def _start_of(model: Any) -> dict[str, torch.nn.Parameter]:
-    return {name.replace(f".{START}.", ".default."): p for name, p in model.named_parameters() if f".{START}." in name}
+    return {name.replace(f".{START}.", ".default."): p for name, p in model.named_parameters() if f".{START}." in name and ".lora_" in name}
 
 
 def _with_start(name: str, tensor: torch.Tensor, start: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """`prompt` and `prefix`: learnt vectors before the words, or before the keys and values of each layer."""
 
-from contextlib import AbstractContextManager
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from hone.errors import RecipeError
@@ -23,6 +25,15 @@ class Prompt(PeftMethod):
             **_heads(model, how),
         )
 
+    @contextmanager
+    def off(self, model: Any) -> Iterator[None]:
+        # As peft's disable_adapter does it, which fails for classifiers: they have no prepare_inputs_for_generation.
+        model.forward = model.base_model.forward
+        try:
+            yield
+        finally:
+            del model.forward
+
     def merge(self, model: Any) -> Any:  # noqa: ARG002 - the protocol's signature
         raise RecipeError(
             f"what {self.name} tuning learns stands beside the base's weights and cannot be merged into them; export it as peft"
@@ -39,8 +50,10 @@ class Prefix(Prompt):
 
         return PrefixTuningConfig(task_type=how.task.peft_task_type, num_virtual_tokens=settings.num_virtual_tokens, **_heads(model, how))
 
-    def off(self, model: Any) -> AbstractContextManager[Any]:
-        return super().off(model)
+    def apply(self, model: Any, settings: Any, how: Applying) -> Any:
+        if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+            raise RecipeError(f"method prefix puts keys and values into the attention's cache, and {type(model).__name__} has none")
+        return super().apply(model, settings, how)
 
 
 def _heads(model: Any, how: Applying) -> dict[str, Any]:

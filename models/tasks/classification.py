@@ -1,6 +1,7 @@
 """What the tasks that name classes (or a number) share: the head, the loss and what is right."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,17 +50,18 @@ class ClassificationTask:
         self, folder: Path, *, head: Head, dtype: torch.dtype, pad_token_id: int, options: dict[str, Any] | None = None
     ) -> tuple[Any, set[str]]:
         names = dict(enumerate(head.labels or ["value"]))
-        model, info = self.model_class().from_pretrained(
-            folder,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: n for n, name in names.items()},
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # a base that carries another task's head gets a new one
-            use_safetensors=True,
-            output_loading_info=True,
-            **(options or {}),
-        )
+        with _without_load_report():
+            model, info = self.model_class().from_pretrained(
+                folder,
+                num_labels=len(names),
+                id2label=names,
+                label2id={name: n for n, name in names.items()},
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # a base that carries another task's head gets a new one
+                use_safetensors=True,
+                output_loading_info=True,
+                **(options or {}),
+            )
         model.config.pad_token_id = pad_token_id
         model.config.problem_type = head.problem_type
         return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -98,6 +100,19 @@ class ClassificationTask:
         inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
         logits: torch.Tensor = model(**inputs).logits
         return logits
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers tells at length which weights are new, and that is what a new head is."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def is_regression(model: Any) -> bool:
