@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli_run import HomeOption, Overrides, RecipeFile, check_has_search
+from cluster.cli_run import Folds, HomeOption, Overrides, RecipeFile, check_has_search
 from cluster.terminal import ago, notes, output, table
 
 jobs = typer.Typer(help="What runs and ran: list, logs, stop.", no_args_is_help=True)
@@ -29,6 +29,7 @@ def submit(
         typer.Option(help="Home as the cluster's nodes see it (default its $HONE_HOME; this home if the cluster is this machine)."),
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Run the recipe's search.")] = False,
+    folds: Folds = None,
     working_dir: Annotated[Path | None, typer.Option(help="Folder that travels (default the recipe's own).", show_default=False)] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show the job's log until it ends.")] = True,
 ) -> None:
@@ -51,6 +52,7 @@ def submit(
         home=place,
         cluster_home=cluster_home,
         is_search=tune,
+        folds=folds,
         working_dir=working_dir,
     )
     notes().print(f"submitted {sent.id} to {dashboard.address} with {sent.packed} files", markup=False)

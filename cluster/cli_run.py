@@ -18,10 +18,21 @@ RayAddress = Annotated[
     str | None, typer.Option("--address", help="Ray cluster, HOST:PORT (default $RAY_ADDRESS, else a local Ray).", show_default=False)
 ]
 
+Folds = Annotated[
+    int | None,
+    typer.Option("--folds", min=2, help="First train on so many folds, each time without one; then on everything.", show_default=False),
+]
 
-def train(recipe: RecipeFile, overrides: Overrides = None, home: HomeOption = None, address: RayAddress = None) -> None:
+
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    home: HomeOption = None,
+    address: RayAddress = None,
+    folds: Folds = None,
+) -> None:
     """Train a recipe here, on a local Ray or a cluster this machine can join."""
-    _run(recipe, overrides or [], home=home, address=address, is_search=False)
+    _run(recipe, overrides or [], home=home, address=address, is_search=False, folds=folds)
 
 
 def tune(recipe: RecipeFile, overrides: Overrides = None, home: HomeOption = None, address: RayAddress = None) -> None:
@@ -29,7 +40,7 @@ def tune(recipe: RecipeFile, overrides: Overrides = None, home: HomeOption = Non
     _run(recipe, overrides or [], home=home, address=address, is_search=True)
 
 
-def _run(path: Path, overrides: list[str], *, home: str | None, address: str | None, is_search: bool) -> None:
+def _run(path: Path, overrides: list[str], *, home: str | None, address: str | None, is_search: bool, folds: int | None = None) -> None:
     from cluster.child import run_child
     from cluster.connect import local_environment, local_ray
     from cluster.entrypoint import training_argv
@@ -43,9 +54,9 @@ def _run(path: Path, overrides: list[str], *, home: str | None, address: str | N
     place = Home(home)
     place.ready()
     run_id = new_run_id(recipe.name)
-    argv = training_argv(path, overrides, is_search=is_search, home=place.root, run_id=run_id, address=address)
+    argv = training_argv(path, overrides, is_search=is_search, folds=folds, home=place.root, run_id=run_id, address=address)
     is_local = not (address or os.environ.get("RAY_ADDRESS"))
-    if is_local and is_search:
+    if is_local and (is_search or folds):
         # A trial that was stopped gives back its CPUs through Ray's dashboard, which a Ray inside the child would not have.
         with local_ray() as ray:
             code = run_child(argv, environment=ray.environment)

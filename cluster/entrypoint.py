@@ -12,6 +12,7 @@ def training_argv(
     overrides: Sequence[str] = (),
     *,
     is_search: bool = False,
+    folds: int | None = None,
     home: str | Path | None = None,
     run_id: str | None = None,
     address: str | None = None,
@@ -19,7 +20,7 @@ def training_argv(
 ) -> list[str]:
     """What to run for one recipe. `-P` keeps a `training.py` in the user's folder from being run instead."""
     options: list[str] = ["--search"] if is_search else []
-    for name, value in (("--home", home), ("--run-id", run_id), ("--address", address)):
+    for name, value in (("--folds", folds), ("--home", home), ("--run-id", run_id), ("--address", address)):
         if value is not None:
             options += [name, str(value)]
     return [*python, "-m", MODULE, str(recipe), *overrides, *options]

@@ -74,6 +74,7 @@ def submit(
     home: Home,
     cluster_home: str | None = None,
     is_search: bool = False,
+    folds: int | None = None,
     working_dir: Path | None = None,
 ) -> Submission:
     """Send a recipe and the folder it is in to a cluster as a Ray Job, and record it.
@@ -87,6 +88,7 @@ def submit(
         cluster_home: The home as the cluster's nodes see it. By default this home where the cluster is this machine, and else the
             cluster's own $HONE_HOME.
         is_search: Run the recipe's `search:`.
+        folds: First train on so many folds.
         working_dir: The folder that travels, by default the recipe's own.
 
     Raises:
@@ -102,7 +104,15 @@ def submit(
     home_there = cluster_home or (str(home.root) if is_here else None)
     run_id = new_run_id(recipe.name)
     python = sys.executable if is_here else "python"
-    argv = training_argv(recipe_path.relative_to(folder), overrides, is_search=is_search, home=home_there, run_id=run_id, python=(python,))
+    argv = training_argv(
+        recipe_path.relative_to(folder),
+        overrides,
+        is_search=is_search,
+        folds=folds,
+        home=home_there,
+        run_id=run_id,
+        python=(python,),
+    )
     # Without a home of ours the cluster's has to be set: the default would be in the job's working directory, which Ray deletes.
     entrypoint = ("" if home_there else f': "${{HONE_HOME:?{NEEDS_HOME}}}" && ') + shlex.join(argv)
     with closing(Store(home.store_url)) as store, tempfile.TemporaryDirectory() as scratch:

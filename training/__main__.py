@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         home = Home(args.home)
         home.ready()
         run_id = args.run_id or new_run_id(recipe.name)
-        with _recorded(home, run_id, args) as store, _ray(args.address, is_search=args.search):
-            result = _run(recipe, home=home, run_id=run_id, is_search=args.search, console=console)
+        with _recorded(home, run_id, args) as store, _ray(args.address, has_trials=args.search or bool(args.folds)):
+            result = _run(recipe, home=home, run_id=run_id, args=args, console=console)
             store.move_job(run_id, "succeeded", message=result["adapter"] or "")
     except HoneError as error:
         print(f"hone: {error.message}", file=sys.stderr)  # noqa: T201
@@ -46,23 +46,30 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(recipe: Recipe, *, home: Home, run_id: str, is_search: bool, console: Console) -> dict[str, Any]:
-    """Train or search, check, publish, and leave result.json in the run folder."""
+def _run(recipe: Recipe, *, home: Home, run_id: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Train, search or cross-validate, check, publish, and leave result.json in the run folder."""
     began = time.monotonic()
     # Heavy: torch and transformers. Imported once the recipe is known to be sound.
+    from training.folds import cross_validate, say
     from training.launch import fit, prepare_job
     from training.progress import DataProgress, RunProgress
     from training.publish import check_export, publish
     from training.tuning import search
 
-    trial = None
-    if is_search:
+    trial: dict[str, Any] | None = None
+    folder: Path | None = None
+    if args.folds:
+        validated = cross_validate(recipe, args.folds, home=home, run_id=run_id, console=console)
+        say(validated.folds, console)
+        recipe, folder = validated.recipe, home.runs / run_id
+        trial = {"folds": validated.folds.model_dump(mode="json")}
+    if args.search:
         found = search(recipe, home=home, run_id=run_id, console=console)
         job, metrics, trial = found.job, found.metrics, found.lineage
         console.print(f"best of {trial['of']} trials: {trial['values']}, {trial['metric']} {metrics[trial['metric']]:.4f}")
     else:
         with DataProgress(console=console) as watch:
-            job = prepare_job(recipe, home=home, run_id=run_id, watch=watch)
+            job = prepare_job(recipe, home=home, run_id=run_id, folder=folder, watch=watch)
         _say_what_was_prepared(job.data, console)
         with RunProgress(lambda: {job.folder: recipe.name}, console=console):
             metrics = fit(job)
@@ -110,10 +117,10 @@ def _recorded(home: Home, run_id: str, args: argparse.Namespace) -> Iterator[Sto
 
 
 @contextmanager
-def _ray(address: str | None, *, is_search: bool) -> Iterator[None]:
+def _ray(address: str | None, *, has_trials: bool) -> Iterator[None]:
     """A connection to the cluster at `address` or $RAY_ADDRESS, or a Ray of our own on this machine that ends with the block."""
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    options = _own_ray(is_search=is_search) if address == "local" else {}
+    options = _own_ray(has_trials=has_trials) if address == "local" else {}
     import ray
 
     try:
@@ -127,7 +134,7 @@ def _ray(address: str | None, *, is_search: bool) -> Iterator[None]:
         ray.shutdown()
 
 
-def _own_ray(*, is_search: bool) -> dict[str, Any]:
+def _own_ray(*, has_trials: bool) -> dict[str, Any]:
     """Environment and options for a Ray of our own: on 127.0.0.1 alone, by token (docs/decisions/0004).
 
     A search needs the dashboard's API and needs its workers to know the address: what frees the CPUs of a trial that ASHA has stopped is
@@ -138,7 +145,13 @@ def _own_ray(*, is_search: bool) -> dict[str, Any]:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ |= {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    return {"include_dashboard": is_search, "_node_ip_address": "127.0.0.1"}
+    return {"include_dashboard": has_trials, "_node_ip_address": "127.0.0.1"}
+
+
+def _at_least_two(text: str) -> int:
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: there must be two folds at least")
+    return int(text)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -150,6 +163,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", help="recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.learning_rate=2e-4")
     parser.add_argument("--search", action="store_true", help="run the recipe's search: and publish the best trial")
+    parser.add_argument("--folds", type=_at_least_two, help="first train on so many folds, each time without one; then on everything")
     parser.add_argument("--home", help="where runs and the registry live (default $HONE_HOME or ./.hone)")
     parser.add_argument("--address", help="Ray cluster (default $RAY_ADDRESS, or a Ray of its own)")
     parser.add_argument("--run-id", help="name of the run folder")

@@ -19,6 +19,8 @@ from training.metrics import read_metrics
 from training.resources import plan_workers
 from training.token_cache import Watch, unwatched
 
+MEASURED = {"eval_loss", "retain_loss"}
+
 
 def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None = None, watch: Watch = unwatched) -> Job:
     """Check base, data, method and resources, tokenise, and write the run folder. Nothing is written where something is wrong.
@@ -36,8 +38,9 @@ def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None 
         raise DataError("search.metric is measured on validation rows, and there are none; set data.validation or data.validation_fraction")
     check_model(recipe, base, head=Head(data.labels, data.problem_type))
     use_gpu, each = plan_workers(recipe)
+    (home.runs / run_id).mkdir(parents=True, exist_ok=folder is not None)
     folder = folder or home.runs / run_id
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     job = Job(
         run_id=run_id,
         folder=folder,
@@ -127,13 +130,16 @@ def train_loop_per_worker(config: dict[str, str]) -> None:
 
 
 def final_metrics(folder: Path) -> dict[str, float]:
-    """The last value of every metric of a run, and the validation before its first step as `base_eval_...`."""
+    """The last value of every metric of a run until the step whose weights are published, and what was measured before its first step as
+    `base_eval_...` and `base_retain_...`."""
     lines = read_metrics(folder)
+    published = next((line["published_step"] for line in reversed(lines) if "published_step" in line), None)
     last: dict[str, float] = {}
     for line in lines:
-        last |= line
-    before = next((line for line in lines if line["step"] == 0 and "eval_loss" in line), {})
-    return {**last, **{f"base_{name}": value for name, value in before.items() if name.startswith("eval_")}}
+        if published is None or line["step"] <= published:
+            last |= {name: value for name, value in line.items() if not isinstance(value, str)}
+    before: dict[str, float] = next((line for line in lines if line["step"] == 0 and MEASURED & line.keys()), {})
+    return {**last, **{f"base_{name}": value for name, value in before.items() if name.startswith(("eval_", "retain_"))}}
 
 
 def _last_line(error: Exception) -> str:

@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 from hone.errors import RecipeError
 from hone.recipe import PrefixMethod, PromptMethod
 from models.methods.by_peft import PeftMethod
-from models.methods.method import Applying
+from models.methods.method import Applying, State
 
 
 class Prompt(PeftMethod):
@@ -33,6 +34,15 @@ class Prompt(PeftMethod):
             yield
         finally:
             del model.forward
+
+    def save(self, model: Any, settings: Any, state: State, folder: Path) -> None:
+        # peft would run the module that holds the vectors, which under ZeRO-3 waits for the other ranks for ever; they are in `state`.
+        [vectors] = [tensor for name, tensor in state.items() if name.startswith("prompt_encoder.")]
+        model.get_prompt_embedding_to_save = lambda adapter_name: vectors  # noqa: ARG005
+        try:
+            super().save(model, settings, state, folder)
+        finally:
+            del model.get_prompt_embedding_to_save
 
     def merge(self, model: Any) -> Any:  # noqa: ARG002 - the protocol's signature
         raise RecipeError(
