@@ -42,6 +42,8 @@ class Lineage(BaseModel):
     parent_run_id: str | None = None
     trial: dict[str, Any] | None = None
     """The search trial that won: its id, its sampled values and how many it beat."""
+    folds: dict[str, Any] | None = None
+    """What cross-validation came to before the training on everything: mean, deviation and interval of each metric."""
 
 
 class AdapterManifest(BaseModel):

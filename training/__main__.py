@@ -57,12 +57,13 @@ def _run(recipe: Recipe, *, home: Home, run_id: str, args: argparse.Namespace, c
     from training.tuning import search
 
     trial: dict[str, Any] | None = None
+    folds: dict[str, Any] | None = None
     folder: Path | None = None
     if args.folds:
         validated = cross_validate(recipe, args.folds, home=home, run_id=run_id, console=console)
         say(validated.folds, console)
         recipe, folder = validated.recipe, home.runs / run_id
-        trial = {"folds": validated.folds.model_dump(mode="json")}
+        folds = validated.folds.model_dump(mode="json")
     if args.search:
         found = search(recipe, home=home, run_id=run_id, console=console)
         job, metrics, trial = found.job, found.metrics, found.lineage
@@ -74,7 +75,7 @@ def _run(recipe: Recipe, *, home: Home, run_id: str, args: argparse.Namespace, c
         with RunProgress(lambda: {job.folder: recipe.name}, console=console):
             metrics = fit(job)
     check_export(job)
-    adapter = str(publish(job, metrics, home=home, trial=trial).ref) if recipe.publish.enabled else None
+    adapter = str(publish(job, metrics, home=home, trial=trial, folds=folds).ref) if recipe.publish.enabled else None
     folder = home.runs / run_id
     result = {"status": "succeeded", "run_id": run_id, "adapter": adapter, "metrics": metrics, "seconds": time.monotonic() - began}
     write_json(folder / RESULT_FILE, result)

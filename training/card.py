@@ -10,7 +10,7 @@ from training.metrics import read_metrics
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def card(job: Job, metrics: dict[str, float], *, created: str, trial: dict[str, Any] | None) -> str:
+def card(job: Job, metrics: dict[str, float], *, created: str, trial: dict[str, Any] | None, folds: dict[str, Any] | None = None) -> str:
     """Markdown with the front matter that model hubs read."""
     recipe = job.recipe
     whole = recipe.method.type == "full"
@@ -24,7 +24,7 @@ def card(job: Job, metrics: dict[str, float], *, created: str, trial: dict[str, 
         f"# {recipe.name}",
         f"{'A whole model' if whole else 'An adapter'} for {recipe.task}, tuned from `{job.base_id.name}` on {created} "
         f"({job.data.train_rows:,} training rows, {job.data.validation_rows:,} validation rows).",
-        "## Validation\n\n" + _validation_table(metrics),
+        "## Validation\n\n" + (_folds_table(folds) if folds else _validation_table(metrics)),
         "## Training loss\n\n" + _loss_line(job),
         "## Call it\n\n" + _how_to_call(job),
         "## Where it comes from\n\n" + _lineage(job, trial),
@@ -39,6 +39,16 @@ def _validation_table(metrics: dict[str, float]) -> str:
         return "There were no validation rows."
     rows = [f"| {name.removeprefix('eval_')} | {_figure(metrics.get(f'base_{name}'))} | {_figure(metrics[name])} |" for name in names]
     return "\n".join(["| | before | after |", "| --- | --- | --- |", *rows])
+
+
+def _folds_table(folds: dict[str, Any]) -> str:
+    rows = [
+        f"| {name.removeprefix('eval_')} | {spread['mean']:.4f} | {spread['low']:.4f} to {spread['high']:.4f} | {spread['deviation']:.4f} |"
+        for name, spread in folds["metrics"].items()
+    ]
+    head = ["| | mean | 95% interval | deviation |", "| --- | --- | --- | --- |"]
+    about = f"By {folds['k']}-fold cross-validation; the weights are those of a training on all rows afterwards."
+    return "\n".join([about, "", *head, *rows])
 
 
 def _loss_line(job: Job, width: int = 48) -> str:

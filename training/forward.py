@@ -83,6 +83,11 @@ class Batcher:
         self._worker = worker
         self._device = device
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether rows consist of tokens, and not of a picture or a sound."""
+        return self._task.unit == "tokens"
+
     def portions(self, rows: Rows, lengths: Rows, *, scale: int = 1) -> list[Rows]:
         """This worker's share of `rows`, a portion for each forward pass; as many on every worker.
 

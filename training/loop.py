@@ -22,7 +22,9 @@ def train(job: Job, worker: Worker) -> None:
     golden_rows = run.validation if len(run.validation) else run.rows
 
     checkpoint, guard = load_checkpoint(run.engine, worker, run.average)
-    metrics = MetricsFile(job.folder, rank=worker.rank, keep_steps=checkpoint, total_steps=total_steps)
+    metrics = MetricsFile(
+        job.folder, rank=worker.rank, keep_steps=checkpoint, total_steps=total_steps, trained_parameters=run.groups.trained_parameters
+    )
     if checkpoint == 0 and run.measures:
         before = run.measure()
         metrics.write({"step": 0, **before})

@@ -15,8 +15,8 @@ from training.job import METRICS_FILE
 class MetricsFile:
     """Appends to the file on rank 0, and does nothing on the others."""
 
-    def __init__(self, folder: Path, *, rank: int, keep_steps: int, total_steps: int) -> None:
-        """Drop what a lost worker wrote after step `keep_steps`, from which this run goes on."""
+    def __init__(self, folder: Path, *, rank: int, keep_steps: int, **about: int) -> None:
+        """Drop what a lost worker wrote after step `keep_steps`, from which this run goes on. The first line says what is `about` it."""
         self._file = None
         if rank:
             return
@@ -24,7 +24,7 @@ class MetricsFile:
         kept = [m for m in read_metrics(folder) if m["step"] <= keep_steps] if keep_steps else []
         write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self.write({"step": keep_steps, "total_steps": total_steps})
+        self.write({"step": keep_steps, **about})
 
     def write(self, values: dict[str, Any]) -> None:
         if self._file:

@@ -42,6 +42,11 @@ class Groups:
                 _forget(optimizer, n)
 
     @property
+    def trained_parameters(self) -> int:
+        """How many numbers there are in them. ZeRO-3 keeps the shape elsewhere."""
+        return sum(math.prod(getattr(parameter, "ds_shape", parameter.shape)) for parameter in self.trainable)
+
+    @property
     def trainable(self) -> list[torch.nn.Parameter]:
         """All of them."""
         return [parameter for parameters in self.parameters for parameter in parameters]

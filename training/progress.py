@@ -130,13 +130,18 @@ class _Follower:
         if "total_steps" in line:
             self._total = line["total_steps"]
             self._bars.reset(self._bar, total=self._total, completed=line["step"], figures="")
-        elif "eval_loss" in line:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("eval_"))
+        elif "stopped" in line:
+            self._console.print(f"{self._label} stopped at step {line['step']}: {line['stopped']}", highlight=False)
+        elif "published_step" in line:
+            self._console.print(f"{self._label}: the weights of step {line['published_step']} are kept", highlight=False)
+        elif "step_s" not in line:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith(("eval_", "retain_")))
             self._console.print(f"{self._label} step {line['step']}: {figures}", highlight=False)
         else:
             self._recent.append(line)
-            tokens, seconds = (sum(m[name] for m in self._recent) for name in ("tokens", "step_s"))
-            figures = f"loss {line['loss']:.4f}  {tokens / seconds:,.0f} tokens/s"
+            unit = "tokens" if "tokens" in line else "rows"
+            done, seconds = (sum(m[name] for m in self._recent) for name in (unit, "step_s"))
+            figures = f"loss {line['loss']:.4f}  {done / seconds:,.0f} {unit}/s"
             self._bars.update(self._bar, completed=line["step"], figures=figures)
             self._log(line["step"], figures, left_s=(self._total - line["step"]) * seconds / len(self._recent))
 

@@ -34,7 +34,9 @@ def check_export(job: Job) -> None:
         raise RunFailedError(f"{job.export_folder}: the saved weights do not answer as the trained ones did: {said}")
 
 
-def publish(job: Job, metrics: dict[str, float], *, home: Home, trial: dict[str, Any] | None = None) -> AdapterManifest:
+def publish(
+    job: Job, metrics: dict[str, float], *, home: Home, trial: dict[str, Any] | None = None, folds: dict[str, Any] | None = None
+) -> AdapterManifest:
     """Put the checked export into the registry as the next version of the recipe's name, and move the recipe's alias to it.
 
     Args:
@@ -42,6 +44,7 @@ def publish(job: Job, metrics: dict[str, float], *, home: Home, trial: dict[str,
         metrics: Its last metrics.
         home: Where the registry is.
         trial: The search trial that made it, for the lineage.
+        folds: What cross-validation came to, likewise.
     """
     recipe, folder = job.recipe, job.export_folder
     TASKS[recipe.task].load_processor(job.base_folder).save_pretrained(folder)
@@ -64,12 +67,12 @@ def publish(job: Job, metrics: dict[str, float], *, home: Home, trial: dict[str,
             labels=job.data.labels,
             problem_type=job.data.problem_type,
             metrics=kept,
-            lineage=Lineage(run_id=job.run_id, data_digest=job.data.digest, hone_version=hone.__version__, trial=trial),
+            lineage=Lineage(run_id=job.run_id, data_digest=job.data.digest, hone_version=hone.__version__, trial=trial, folds=folds),
             created_at=created,
             files=files,
         )
 
-    write_text(folder / "README.md", card(job, kept, created=created, trial=trial))
+    write_text(folder / "README.md", card(job, kept, created=created, trial=trial, folds=folds))
     registry = Registry(home)
     manifest = registry.publish(folder, recipe.name, describe=describe)
     if recipe.publish.alias:

@@ -66,7 +66,7 @@ def take_step(run: Started, step: int, *, checkpoint: int) -> dict[str, Any]:
         "learning_rate": lr,
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "rows": len(rows),
-        "tokens": int(run.rows.lengths[rows].sum()),
+        **({"tokens": int(run.rows.lengths[rows].sum())} if run.batcher.reads_tokens else {}),
         "step_s": time.perf_counter() - began,
     }
 

@@ -60,7 +60,7 @@ class Lora(PeftMethod):
             super().save(model, settings, state, folder)
             return
         # W + s (B A - B0 A0) is one update of twice the rank, which any LoRA implementation reads.
-        config, own = model.peft_config["default"], {name: p.detach().cpu() for name, p in _start_of(model).items()}
+        config, own = model.peft_config["default"], model.hone_pissa_start
         before = config.r, config.lora_alpha
         doubled = {name: _with_start(name, tensor, own) for name, tensor in state.items()}
         config.r, config.lora_alpha = 2 * before[0], before[1] * (math.sqrt(2) if settings.use_rslora else 2)
@@ -105,6 +105,7 @@ def _begin_from_singular_vectors(model: Any, settings: LoraMethod, how: Applying
     kept = how.folder / PISSA_FILE if how.folder else None
     known = load_file(kept) if kept and kept.exists() else {}
     made: State = {}
+    model.hone_pissa_start = {}  # beside the frozen adapter itself, of which ZeRO-3 leaves each rank a shard
     for name, layer in _lora_layers(model):
         base = layer.get_base_layer()
         if base.weight.is_meta:
@@ -113,6 +114,7 @@ def _begin_from_singular_vectors(model: Any, settings: LoraMethod, how: Applying
             first = known.get(f"{name}.A")
             a, b = (first, known[f"{name}.B"]) if first is not None else _largest_part(base.weight, settings.r, layer.scaling["default"])
         made |= {f"{name}.A": a, f"{name}.B": b}
+        model.hone_pissa_start |= {f"{name}.lora_A.default.weight": a, f"{name}.lora_B.default.weight": -b}
         _fill(layer, "default", a, b, how)
         _fill(layer, START, a, -b, how)
     _freeze_start(model)
@@ -145,10 +147,6 @@ def _lora_layers(model: Any) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer) and "default" in module.lora_A]
-
-
-def _start_of(model: Any) -> dict[str, torch.nn.Parameter]:
-    return {name.replace(f".{START}.", ".default."): p for name, p in model.named_parameters() if f".{START}." in name and ".lora_" in name}
 
 
 def _with_start(name: str, tensor: torch.Tensor, start: dict[str, torch.Tensor]) -> torch.Tensor:

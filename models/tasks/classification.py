@@ -1,5 +1,6 @@
 """What the tasks that name classes (or a number) share: the head, the loss and what is right."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,10 +65,14 @@ class ClassificationTask:
             )
         model.config.pad_token_id = pad_token_id
         model.config.problem_type = head.problem_type
-        return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        return model, fresh if _answers_alike(folder, head) else fresh | self._head_parameters(model)
 
     def head_modules(self, model: Any) -> list[str] | None:
         return [name for name, _ in model.named_children() if name in HEADS]
+
+    def _head_parameters(self, model: Any) -> set[str]:
+        return {name for name, _ in model.named_parameters() if name.split(".", 1)[0] in HEADS}
 
     def loss(self, model: Any, batch: Batch, options: LossOptions = PLAIN) -> tuple[torch.Tensor, Sums]:
         """Summed over the rows: cross entropy; the mean binary cross entropy of the classes; or the squared error."""
@@ -100,6 +105,14 @@ class ClassificationTask:
         inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
         logits: torch.Tensor = model(**inputs).logits
         return logits
+
+
+def _answers_alike(folder: Path, head: Head) -> bool:
+    """Whether the base's own head, if it has one, answers the same: as many outputs may mean other classes."""
+    config = json.loads((folder / "config.json").read_text())
+    names = config.get("id2label")
+    known = [names[key] for key in sorted(names, key=int)] if names else None
+    return known == (head.labels or ["value"]) and config.get("problem_type") in (None, head.problem_type)
 
 
 @contextmanager

@@ -1,0 +1,74 @@
+"""One recipe in one process of its own, without Ray: what it reached, how long its steps took, and the memory it needed at most."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hone.base_model import find_base_model
+from hone.ports import free_port
+from hone.recipe import Recipe
+from hone.storage import Home
+from models.tasks import Head
+from training.data import prepare_data
+from training.job import Job
+from training.launch import final_metrics
+from training.metrics import read_metrics
+from training.model import check_model
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished run."""
+
+    job: Job
+    metrics: dict[str, float]
+    """Those of the weights that would be published; see `training.launch.final_metrics`."""
+    lines: list[dict[str, Any]]
+    """Every line of its metrics."""
+    seconds: float
+    """Of all steps together."""
+    peak_mib: float
+    """Resident memory of the process at its highest."""
+
+
+def run_here(recipe: Recipe, *, home: Home, name: str) -> Ran:
+    """Prepare the recipe's data in this process and train in another, on all cores."""
+    home.ready()
+    base = find_base_model(recipe.base, home=home)
+    data = prepare_data(recipe, base, home=home)
+    check_model(recipe, base, head=Head(data.labels, data.problem_type))
+    folder = home.runs / name
+    folder.mkdir(parents=True)
+    job = Job(
+        run_id=name,
+        folder=folder,
+        recipe=recipe,
+        base_folder=base.folder,
+        base_id=base.id,
+        data=data,
+        use_gpu=False,
+        resources_per_worker={},
+    )
+    job.save()
+    peak = _train(folder)
+    lines = read_metrics(folder)
+    return Ran(job, final_metrics(folder), lines, sum(line.get("step_s", 0.0) for line in lines), peak)
+
+
+def _train(folder: Path) -> float:
+    """MiB of resident memory, at most."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **alone, "OMP_NUM_THREADS": str(os.cpu_count() or 1), "TQDM_DISABLE": "1"}
+    log = folder / "worker.log"
+    with log.open("wb") as out:
+        worker = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "training.torchrun", str(folder)], env=environment, stdout=out, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(worker.pid, 0)
+    worker.returncode = os.waitstatus_to_exitcode(status)
+    if worker.returncode:
+        sys.exit(f"{folder}: the worker ended with {worker.returncode}:\n{log.read_text()[-3000:]}")
+    return usage.ru_maxrss / 1024
