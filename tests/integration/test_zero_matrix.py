@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from hone.base_model import find_base_model
 from hone.methods import METHODS, why_not
 from hone.recipe import parse_recipe
 from hone.storage import Home
 from hone.tasks import TASKS
 from tests.samples import write_sample
 from tests.tiny import BASE_OF, MAKERS
-from training.data import prepare_data
+from tests.zero_matrix import failure, prepared, train_all
 from training.job import Job
 from training.launch import final_metrics
 
@@ -79,28 +78,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """All cases, trained by one pair of workers; and the difference of each saved adapter, found by one clean process."""
     root = tmp_path_factory.mktemp("matrix")
     home = Home(root / "home")
-    home.ready()
     bases = {name: make(tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
     files = {task: write_sample(root, task) for task in TASKS}
     jobs: dict[str, Job] = {}
     for case in CASES:
         recipe = parse_recipe(tree(case, bases[BASE_OF[case[0]]], files[case[0]]), where="test")
-        base = find_base_model(recipe.base, home=home)
-        folder = root / name_of(case)
-        folder.mkdir()
-        jobs[folder.name] = Job(
-            run_id=folder.name,
-            folder=folder,
-            recipe=recipe,
-            base_folder=base.folder,
-            base_id=base.id,
-            data=prepare_data(recipe, base, home=home),
-            use_gpu=False,
-            resources_per_worker={"CPU": 1},
-        )
-        jobs[folder.name].save()
-    (root / "cases.json").write_text(json.dumps([str(job.folder) for job in jobs.values()]))
-    _train_all(root)
+        jobs[name_of(case)] = prepared(recipe, root / name_of(case), home=home)
+    train_all(root, list(jobs.values()), timeout_s=2400 if ALL else 500)
     subprocess.run([sys.executable, "-c", CHECK_ALL, str(root)], check=True, timeout=1200)
     return jobs
 
@@ -109,10 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_it_learns_and_is_saved(runs: dict[str, Job], case: Case) -> None:
     job = runs[name_of(case)]
-    for rank in range(2):
-        said = job.folder / f"rank-{rank}.json"
-        assert said.exists(), "the workers stopped before they came to this case"
-        assert not json.loads(said.read_text())
+    assert not failure(job)
     metrics = final_metrics(job.folder)
     assert metrics["loss"] < first_loss(job)
     assert metrics["eval_loss"] < metrics["base_eval_loss"]
@@ -125,26 +106,6 @@ def test_it_learns_and_is_saved(runs: dict[str, Job], case: Case) -> None:
 def first_loss(job: Job) -> float:
     lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     return float(next(line["loss"] for line in lines if "loss" in line))
-
-
-def _train_all(root: Path) -> None:
-    from hone.ports import free_port
-
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-W", "ignore", "-m", "tests.zero_matrix", str(root)]
-    workers = []
-    for rank in range(2):
-        with (root / f"worker-{rank}.log").open("wb") as log:
-            environment = {**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(subprocess.Popen(argv, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        for worker in workers:
-            worker.wait(timeout=2400 if ALL else 500)
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
 
 
 CHECK_ALL = """

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hone.base_model import find_base_model
 from hone.recipe import Recipe, parse_recipe
 from hone.storage import Home
-from models.tasks import TASKS
-from training.data import prepare_data
+from models.tasks import TASKS, LossOptions
+from tests.zero_matrix import failure, prepared, train_all
+from training.job import Job
 from training.launch import fit, prepare_job
 from training.metrics import read_metrics
 from training.model import build_model
@@ -23,16 +23,23 @@ from training.token_rows import TokenRows
 STEPS = 20
 
 
-def recipe(base: Path, data: Path, *, task: str, method: str, stage: int) -> Recipe:
+def recipe(base: Path, data: Path, *, task: str, method: dict[str, Any], stage: int, **sections: dict[str, Any]) -> Recipe:
     return parse_recipe(
         {
             "name": "equal",
             "task": task,
             "base": str(base),
             "data": {"train": str(data), "validation_fraction": 0.1, "max_length": 64},
-            "method": {"type": method},
-            "optim": {"learning_rate": 5e-3, "warmup_ratio": 0.1},
-            "train": {"max_steps": STEPS, "num_train_epochs": 20, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+            "method": method,
+            "optim": {"learning_rate": 5e-3, "warmup_ratio": 0.1, **sections.get("optim", {})},
+            "train": {
+                "max_steps": STEPS,
+                "num_train_epochs": 20,
+                "global_batch_size": 8,
+                "micro_batch_size": 2,
+                "precision": "fp32",
+                **sections.get("train", {}),
+            },
             "zero": {"stage": stage},
             "scaling": {"num_workers": 2, "max_failures": 0},
         },
@@ -40,30 +47,26 @@ def recipe(base: Path, data: Path, *, task: str, method: str, stage: int) -> Rec
     )
 
 
-@pytest.fixture
-def chat_file(tmp_path: Path) -> Path:
+def write_chats(path: Path) -> Path:
     rows = [
         [("user", f"what is {n} plus {n}?"), ("assistant", f"it is {2 * n}, because {'and '.join(['one '] * (n % 7 + 1))}")]
         for n in range(45)  # 41 training rows: the sixth step of each epoch has one row for two workers
     ]
     lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in row]}) for row in rows]
-    path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-@pytest.fixture
-def label_file(tmp_path: Path) -> Path:
-    path = tmp_path / "labels.jsonl"
+def write_labels(path: Path) -> Path:
     path.write_text("".join(json.dumps({"text": f"row {n} {'good ' * (n % 5 + 1)}", "label": f"c{n % 3}"}) + "\n" for n in range(45)))
     return path
 
 
-def plain_losses(chosen: Recipe, home: Home, job: Any) -> list[float]:
+def plain_losses(job: Job) -> list[float]:
     """The same recipe in one process of ordinary torch: no Ray, no DeepSpeed, one batch a step."""
-    prepared = prepare_data(chosen, find_base_model(chosen.base, home=home), home=home)
-    rows, task = TokenRows(prepared, "train"), TASKS[chosen.task]
-    plan = batch_plan(chosen, prepared.sources)
+    chosen = job.recipe
+    rows, task = TokenRows(job.data, "train"), TASKS[chosen.task]
+    plan = batch_plan(chosen, job.data.sources)
     model = build_model(job, dtype=torch.float32, sharded=False).train()
     heads = task.head_modules(model.get_base_model() if hasattr(model, "get_base_model") else model)
     optimizer, groups = make_optimizer(model, chosen, heads=heads, steps_per_epoch=plan.steps_per_epoch)
@@ -71,7 +74,7 @@ def plain_losses(chosen: Recipe, home: Home, job: Any) -> list[float]:
     for step in range(plan.total_steps):
         groups.set_step(optimizer, step, learning_rate(step, plan.total_steps, chosen.optim))
         batch = task.collate(rows.take(plan.rows(step)), inputs=inputs_of(job), packed=False)
-        total, _ = task.loss(model, batch)
+        total, _ = task.loss(model, batch, LossOptions(label_smoothing=chosen.train.label_smoothing_factor))
         loss = total / int(rows.n_targets[plan.rows(step)].sum())
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], chosen.optim.max_grad_norm)
@@ -81,23 +84,59 @@ def plain_losses(chosen: Recipe, home: Home, job: Any) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("method", "stage"), [("lora", 0), ("lora", 1), ("lora", 2), ("lora", 3), ("full", 3)])
+SLOW_START = {"gradual_unfreezing": {"every_steps": 6}}
+CASES: dict[str, dict[str, Any]] = {
+    "chat, lora, 0": {"task": "chat", "method": {"type": "lora"}, "stage": 0},
+    "chat, lora, 1": {"task": "chat", "method": {"type": "lora"}, "stage": 1},
+    "chat, lora, 3": {"task": "chat", "method": {"type": "lora"}, "stage": 3},
+    "chat, full, 3": {"task": "chat", "method": {"type": "full"}, "stage": 3},
+    "new head, lora, 3": {"task": "text-classification", "method": {"type": "lora"}, "stage": 3},
+    **{
+        f"new head, gradual unfreezing, {stage}": {"task": "text-classification", "method": {"type": "full", **SLOW_START}, "stage": stage}
+        for stage in (0, 1, 2, 3)
+    },
+    "chat, frozen, gradual unfreezing, 3": {"task": "chat", "method": {"type": "freeze", "freeze_layers": 1, **SLOW_START}, "stage": 3},
+    "chat, layer-wise rates, LoRA+, 2": {
+        "task": "chat",
+        "method": {"type": "lora", "loraplus_lr_ratio": 4.0},
+        "stage": 2,
+        "optim": {"layerwise_lr_decay": 0.8, "lr_scheduler_type": "wsd"},
+        "train": {"label_smoothing_factor": 0.1},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def runs(llama: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """All of them, by one pair of workers."""
+    root = tmp_path_factory.mktemp("equal")
+    files = {"chat": write_chats(root / "chat.jsonl"), "text-classification": write_labels(root / "labels.jsonl")}
+    bases, home = {"chat": llama, "text-classification": bert}, Home(root / "home")
+    jobs = {}
+    for n, (name, case) in enumerate(CASES.items()):
+        chosen = recipe(bases[case["task"]], files[case["task"]], **case)
+        jobs[name] = prepared(chosen, root / str(n), home=home)
+    train_all(root, list(jobs.values()), timeout_s=400)
+    return jobs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_workers_follow_one_plain_process(runs: dict[str, Job], name: str) -> None:
+    assert not failure(runs[name])
+    assert_same_losses(runs[name])
+
+
 @pytest.mark.usefixtures("local_ray")
-def test_two_workers_follow_one_plain_process_in_chat(llama: Path, chat_file: Path, home: Home, stage: int, method: str) -> None:
-    assert_same_losses(recipe(llama, chat_file, task="chat", method=method, stage=stage), home)
-
-
-@pytest.mark.parametrize("stage", [3])
-@pytest.mark.usefixtures("local_ray")
-def test_two_workers_follow_one_plain_process_with_a_new_head(bert: Path, label_file: Path, home: Home, stage: int) -> None:
-    assert_same_losses(recipe(bert, label_file, task="text-classification", method="lora", stage=stage), home)
-
-
-def assert_same_losses(chosen: Recipe, home: Home) -> None:
+def test_so_do_two_workers_of_ray_train(llama: Path, tmp_path: Path, home: Home) -> None:
+    chosen = recipe(llama, write_chats(tmp_path / "chat.jsonl"), task="chat", method={"type": "lora"}, stage=2)
     job = prepare_job(chosen, home=home, run_id="equal")
     fit(job)
+    assert_same_losses(job)
+
+
+def assert_same_losses(job: Job) -> None:
     measured = [m["loss"] for m in read_metrics(job.folder) if "loss" in m]
-    expected = plain_losses(chosen, home, job)
+    expected = plain_losses(job)
     assert len(measured) == STEPS
     worst = max(abs(a - b) for a, b in zip(measured, expected, strict=True))
     assert worst <= 1e-5, f"losses part by {worst:.1e}"
