@@ -78,3 +78,46 @@ def make_bert(folder: Path, *, seed: int = 0) -> Path:
     model.config.architectures = ["BertModel"]
     model.save_pretrained(folder)
     return folder
+
+
+def make_t5(folder: Path, *, seed: int = 0) -> Path:
+    """A random encoder-decoder of two layers each."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dropout_rate=0.0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def make_vit(folder: Path, *, seed: int = 0) -> Path:
+    """A random two-layer vision transformer without a head, for pictures of 16 pixels."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        initializer_range=0.2,
+    )
+    model = ViTModel(config)
+    model.config.architectures = ["ViTModel"]
+    model.save_pretrained(folder)
+    return folder

@@ -133,7 +133,7 @@ class _Follower:
         elif "eval_loss" in line:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("eval_"))
             self._console.print(f"{self._label} step {line['step']}: {figures}", highlight=False)
-        else:
+        elif "tokens" in line:
             self._recent.append(line)
             tokens, seconds = (sum(m[name] for m in self._recent) for name in ("tokens", "step_s"))
             figures = f"loss {line['loss']:.4f}  {tokens / seconds:,.0f} tokens/s"
