@@ -21,6 +21,7 @@ RUN pip install --no-cache-dir torch==2.13.0
 
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY hone hone
+COPY models models
 COPY training training
 COPY serving serving
 COPY cluster cluster

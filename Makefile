@@ -59,7 +59,7 @@ bench: install  ## Measure step time against torchrun, a new version's first ans
 bench-tables: install  ## Write the figures of benchmarks/results into README.md
 	$(BIN)/python -m benchmarks.tables
 
-docs: install  ## Write docs/cli.md and docs/recipe.md from the code
+docs: install  ## Write docs/cli.md, docs/recipe.md and docs/methods.md from the code
 	$(BIN)/python -m docs.generate
 
 clean:  ## Remove the virtual environment and caches (not .hone)

@@ -14,7 +14,9 @@ import typer
 import hone
 from cluster.cli_adapters import adapters
 from cluster.cli_data import data
+from cluster.cli_evaluate import evaluate, export
 from cluster.cli_jobs import jobs, submit
+from cluster.cli_methods import methods
 from cluster.cli_recipe import recipe
 from cluster.cli_run import HomeOption, train, tune
 from cluster.cli_serve import serve
@@ -25,6 +27,9 @@ app = typer.Typer(name="hone", no_args_is_help=True, add_completion=False, prett
 app.command(context_settings={"allow_interspersed_args": True})(train)
 app.command()(tune)
 app.command()(submit)
+app.command()(evaluate)
+app.command()(export)
+app.command()(methods)
 app.add_typer(jobs, name="jobs")
 app.add_typer(adapters, name="adapters")
 app.add_typer(data, name="data")

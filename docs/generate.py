@@ -1,6 +1,7 @@
-"""Writes docs/recipe.md and docs/cli.md from the code, so that they cannot drift from it (tests/docs proves it)."""
+"""Writes docs/recipe.md, docs/cli.md and docs/methods.md from the code, so that they cannot drift from it (tests/docs proves it)."""
 
 import inspect
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,7 +16,7 @@ HERE = Path(__file__).parent
 
 def pages() -> dict[str, str]:
     """File name -> Markdown."""
-    return {"recipe.md": recipe_page(), "cli.md": cli_page()}
+    return {"recipe.md": recipe_page(), "cli.md": cli_page(), "methods.md": methods_page()}
 
 
 def recipe_page() -> str:
@@ -33,6 +34,46 @@ def cli_page() -> str:
     parts = ["# Command line"]
     _command("hone", root, parts)
     return "\n\n".join(parts) + "\n"
+
+
+def methods_page() -> str:
+    """Every method and task, which of them go together, and what is measured."""
+    from cluster.cli_methods import reasons
+    from hone.methods import HOW_SERVED, METHODS, how_served, why_not
+    from hone.metrics import METRICS, metrics_of
+    from hone.tasks import TASKS
+
+    methods = [(f"`{n}`", f.says, HOW_SERVED[f.served], f"[paper]({f.paper})" if f.paper else "") for n, f in METHODS.items()]
+    tasks = [(f"`{n}`", f.says, f.shape, f.base, f"`{f.route}`") for n, f in TASKS.items()]
+    goes = [(f"`{task}`", *("no" if why_not(task, name) else how_served(task, name) for name in METHODS)) for task in TASKS]
+    measured = [(f"`{task}`", ", ".join(f"`{name}`" for name in metrics_of(task))) for task in TASKS]
+    others = {"any number of classes": "multi_label_classification", "numbers": "regression"}
+    measured += [
+        (f"classification with {says}", ", ".join(f"`{name}`" for name in metrics_of("text-classification", problem)))
+        for says, problem in others.items()
+    ]
+    meanings = [(f"`{n}`", f.says + ("" if f.higher_is_better else "; lower is better")) for n, f in METRICS.items()]
+    parts = [
+        "# Tasks and methods",
+        "What a model can be tuned to do, in which ways, and what goes with what. `hone methods` prints the same.",
+        "## Tasks",
+        _table(("task", "the model", "rows", "base", "called at"), tasks),
+        "## Methods",
+        _table(("method", "trains", "served", ""), methods),
+        "## What goes with what",
+        "How the result is served: " + "; ".join(f"`{name}` is {says}" for name, says in HOW_SERVED.items()) + ".",
+        _table(("task", *(f"`{name}`" for name in METHODS)), goes),
+        "\n".join(f"- {tasks} by {name}: {reason}." for (tasks, name), reason in reasons().items()),
+        "## Metrics",
+        "What `hone evaluate` measures, and the report of every training.",
+        _table(("task", "metrics"), measured),
+        _table(("metric", "meaning"), meanings),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _section(path: str, model: type[BaseModel]) -> list[str]:

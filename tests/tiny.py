@@ -108,6 +108,28 @@ def make_bart(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def make_t5(folder: Path, *, seed: int = 0) -> Path:
+    """A random encoder-decoder of two layers each."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dropout_rate=0.0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 def make_vit(folder: Path, *, seed: int = 0) -> Path:
     """A random vision transformer of two layers, for pictures of 16 pixels a side."""
     from transformers import ViTConfig, ViTModel

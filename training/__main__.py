@@ -50,6 +50,8 @@ def _run(recipe: Recipe, *, home: Home, run_id: str, args: argparse.Namespace, c
     """Train, search or cross-validate, check, publish, and leave result.json in the run folder."""
     began = time.monotonic()
     # Heavy: torch and transformers. Imported once the recipe is known to be sound.
+    from training.evaluation.result import verdict_of
+    from training.evaluation.watch import bars
     from training.folds import cross_validate, say
     from training.launch import fit, prepare_job
     from training.progress import DataProgress, RunProgress
@@ -74,7 +76,10 @@ def _run(recipe: Recipe, *, home: Home, run_id: str, args: argparse.Namespace, c
         _say_what_was_prepared(job.data, console)
         with RunProgress(lambda: {job.folder: recipe.name}, console=console):
             metrics = fit(job)
-    check_export(job)
+    with bars(console) as looking:
+        note = check_export(job, watch=looking)
+    for line in [note] if note else verdict_of(job.folder):
+        console.print(line, markup=False)
     adapter = str(publish(job, metrics, home=home, trial=trial, folds=folds).ref) if recipe.publish.enabled else None
     folder = home.runs / run_id
     result = {"status": "succeeded", "run_id": run_id, "adapter": adapter, "metrics": metrics, "seconds": time.monotonic() - began}

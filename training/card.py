@@ -4,18 +4,29 @@ from typing import Any
 
 import yaml
 
+from hone.methods import METHODS
+from hone.tasks import TASKS
+from training.evaluation.figures import changed, estimated, spelled
+from training.evaluation.places import PLOTS, REPORT_FILE
+from training.evaluation.result import read_evaluation, verdict_of
 from training.job import Job
 from training.metrics import read_metrics
 
 BARS = "▁▂▃▄▅▆▇█"
+BODIES = {
+    "/v1/chat/completions": '"messages": [{"role": "user", "content": "..."}]',
+    "/v1/completions": '"prompt": "..."',
+    "/v1/classify": '"input": "..."',
+}
+"""What stands in a request beside the model's name."""
 
 
 def card(job: Job, metrics: dict[str, float], *, created: str, trial: dict[str, Any] | None, folds: dict[str, Any] | None = None) -> str:
     """Markdown with the front matter that model hubs read."""
     recipe = job.recipe
-    whole = recipe.method.type == "full"
+    whole = METHODS[recipe.method.type].served == "whole"
     front = {
-        "library_name": "transformers" if whole else "peft",
+        "library_name": "transformers" if whole else "hone" if recipe.method.type == "adapter" else "peft",
         "base_model": job.base_id.name if "/" in job.base_id.name and not job.base_id.name.startswith(("/", ".")) else None,
         "tags": ["hone", recipe.task, recipe.method.type],
     }
@@ -25,6 +36,7 @@ def card(job: Job, metrics: dict[str, float], *, created: str, trial: dict[str, 
         f"{'A whole model' if whole else 'An adapter'} for {recipe.task}, tuned from `{job.base_id.name}` on {created} "
         f"({job.data.train_rows:,} training rows, {job.data.validation_rows:,} validation rows).",
         "## Validation\n\n" + (_folds_table(folds) if folds else _validation_table(metrics)),
+        *_reported(job),
         "## Training loss\n\n" + _loss_line(job),
         "## Call it\n\n" + _how_to_call(job),
         "## Where it comes from\n\n" + _lineage(job, trial),
@@ -51,6 +63,27 @@ def _folds_table(folds: dict[str, Any]) -> str:
     return "\n".join([about, "", *head, *rows])
 
 
+def _reported(job: Job) -> list[str]:
+    """What the evaluation after training has left: the verdict, the metrics with their intervals, the plots."""
+    parts = []
+    remarks = verdict_of(job.folder)
+    if remarks:
+        parts.append("## Verdict\n\n" + "\n".join(f"- {says}" for says in remarks))
+    evaluation = read_evaluation(job.folder)
+    if evaluation:
+        rows = [f"| {spelled(m.name)} | {estimated(m.base)} | {estimated(m.tuned)} | {changed(m.change)} |" for m in evaluation.metrics]
+        against = f" Base: {evaluation.compared_with}." if evaluation.compared_with else ""
+        table = "\n".join(["| | base | tuned | change |", "| --- | --- | --- | --- |", *rows])
+        parts.append(
+            f"## Evaluation\n\n{table}\n\nThe published weights on {evaluation.rows:,} validation rows, with 95% intervals.{against} "
+            f"[{REPORT_FILE}]({REPORT_FILE}) has the examples."
+        )
+    pictures = [path.name for path in sorted(job.folder.glob(PLOTS))]
+    titles = {name: name.removeprefix("plot_").removesuffix(".png").replace("_", " ").capitalize() for name in pictures}
+    parts += ["\n\n".join(f"![{title}]({name})" for name, title in titles.items())] if pictures else []
+    return parts
+
+
 def _loss_line(job: Job, width: int = 48) -> str:
     losses = [m["loss"] for m in read_metrics(job.folder) if "loss" in m]
     if not losses:
@@ -63,12 +96,11 @@ def _loss_line(job: Job, width: int = 48) -> str:
 
 
 def _how_to_call(job: Job) -> str:
-    name, route = job.recipe.name, "chat/completions" if job.recipe.task == "chat" else "classify"
-    body = '"messages": [{"role": "user", "content": "..."}]' if job.recipe.task == "chat" else '"input": "..."'
-    base = name if job.recipe.method.type == "full" else job.base_id.name
+    name, route = job.recipe.name, TASKS[job.recipe.task].route
+    base = name if METHODS[job.recipe.method.type].served == "whole" else job.base_id.name
     return (
-        f"```sh\nhone serve --base {base}\ncurl http://127.0.0.1:8000/v1/{route} -H 'content-type: application/json' "
-        f'-d \'{{"model": "{name}", {body}}}\'\n```'
+        f"```sh\nhone serve --base {base}\ncurl http://127.0.0.1:8000{route} -H 'content-type: application/json' "
+        f'-d \'{{"model": "{name}", {BODIES[route]}}}\'\n```'
     )
 
 

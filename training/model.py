@@ -11,9 +11,11 @@ import torch
 
 from hone.base_model import BaseModel
 from hone.errors import BaseModelError
+from hone.methods import METHODS as HOW_MADE
+from hone.methods import MethodName
 from hone.recipe import Recipe
 from models.methods import METHODS, Applying, quantisation
-from models.tasks import TASKS, Head
+from models.tasks import TASKS, Head, Task
 from training.job import Job
 
 DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "attn_dropout", "dropout_prob", "dropout_rate")
@@ -65,11 +67,26 @@ def load_base(job: Job, *, dtype: torch.dtype, sharded: bool = False, options: d
 
 def load_trained(job: Job, folder: Path, *, dtype: torch.dtype) -> Any:
     """What `folder` holds of a trained model, in a process that knows nothing of the training: plain transformers, PEFT, or ours."""
-    whole = job.recipe.method.type in ("full", "freeze")
-    task, method = TASKS[job.recipe.task], METHODS[job.recipe.method.type]
-    source = folder if whole else job.base_folder
-    model, _ = task.load_model(source, head=job.head, dtype=dtype, pad_token_id=job.data.pad_token_id)
-    return method.load(model, folder).to(dtype).eval()
+    recipe = job.recipe
+    model, _ = load_weights(
+        folder,
+        task=TASKS[recipe.task],
+        method=recipe.method.type,
+        base_folder=job.base_folder,
+        head=job.head,
+        dtype=dtype,
+        pad_token_id=job.data.pad_token_id,
+    )
+    return model
+
+
+def load_weights(
+    folder: Path, *, task: Task, method: MethodName, base_folder: Path, head: Head, dtype: torch.dtype, pad_token_id: int
+) -> tuple[Any, set[str]]:
+    """The model that `folder` holds whole, or what it holds beside a base; and the names of parameters that had to be started anew."""
+    source = folder if HOW_MADE[method].served == "whole" else base_folder
+    model, fresh = task.load_model(source, head=head, dtype=dtype, pad_token_id=pad_token_id)
+    return METHODS[method].load(model, folder).to(dtype).eval(), fresh
 
 
 def check_model(recipe: Recipe, base: BaseModel, *, head: Head) -> None:

@@ -1,5 +1,6 @@
 """From trained weights to a published adapter: reload them in a clean process, compare, write the card, hand over to the registry."""
 
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -13,14 +14,24 @@ from hone.registry import Registry
 from hone.storage import Home, write_text
 from models.tasks import TASKS
 from training.card import card
+from training.evaluation.places import NOT_EVALUATED, PLOTS, PROGRESS_FILE, REPORTED
+from training.evaluation.watch import Watch, WatchFile, unwatched
 from training.job import Job
 from training.model import choose_dtype
 
 METRICS_KEPT = ("loss", "eval_", "base_eval_", "retain_", "base_retain_", "published_step")
+LOOK_EVERY_S = 0.5
 
 
-def check_export(job: Job) -> None:
-    """Reload the export where a worker would run, in a process of its own, and compare it with the golden outputs.
+def check_export(job: Job, *, watch: Watch = unwatched) -> str:
+    """Reload the export where a worker would run, in a process of its own, compare it with the golden outputs, and evaluate it.
+
+    Args:
+        job: A finished run.
+        watch: Told how far the evaluation is.
+
+    Returns:
+        Why there is no report, if there is none.
 
     Raises:
         RunFailedError: the saved weights do not answer as the trained ones did; nothing is published.
@@ -29,9 +40,16 @@ def check_export(job: Job) -> None:
 
     each = job.resources_per_worker
     reload = ray.remote(num_cpus=each.get("CPU", 0), num_gpus=each.get("GPU", 0), max_retries=1)(_reload_in_clean_process)
-    code, said = ray.get(reload.remote(str(job.folder)))
+    reloading, progress = reload.remote(str(job.folder)), WatchFile(job.folder / PROGRESS_FILE)
+    while not ray.wait([reloading], timeout=LOOK_EVERY_S)[0]:
+        if seen := progress.read():
+            watch(*seen)
+    code, said = ray.get(reloading)
+    if code == NOT_EVALUATED:
+        return f"{job.folder}: no report could be made: {said}"
     if code:
         raise RunFailedError(f"{job.export_folder}: the saved weights do not answer as the trained ones did: {said}")
+    return ""
 
 
 def publish(
@@ -72,6 +90,9 @@ def publish(
             files=files,
         )
 
+    reported = [job.folder / name for name in REPORTED if (job.folder / name).exists()]
+    for path in [*reported, *sorted(job.folder.glob(PLOTS))]:
+        shutil.copyfile(path, folder / path.name)
     write_text(folder / "README.md", card(job, kept, created=created, trial=trial, folds=folds))
     registry = Registry(home)
     manifest = registry.publish(folder, recipe.name, describe=describe)

@@ -107,7 +107,7 @@ class Adapter:
         return model
 
     def merge(self, model: Any) -> Any:  # noqa: ARG002
-        raise RecipeError("bottleneck layers are no change of the base's weights and cannot be merged into them; export it as peft")
+        raise RecipeError("bottleneck layers are no change of the base's weights and cannot be merged into them; serve it with hone")
 
 
 def _insert(model: Any, names: list[str], settings: AdapterMethod) -> None:

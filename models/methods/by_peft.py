@@ -1,7 +1,8 @@
 """What the methods have in common that PEFT does (https://huggingface.co/docs/peft)."""
 
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,9 +26,7 @@ class PeftMethod:
         from peft import get_peft_model
 
         try:
-            with warnings.catch_warnings():
-                # peft 0.21 reads a property that transformers 5.23 has renamed; nothing a user could do about it.
-                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            with _without_renaming():
                 return get_peft_model(model, self.config(model, settings, how))
         except ValueError as error:
             if "arget modules" not in str(error):
@@ -49,7 +48,8 @@ class PeftMethod:
     def load(self, model: Any, folder: Path) -> Any:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+        with _without_renaming():
+            return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
 
     def merge(self, model: Any) -> Any:
         from peft.utils import ModulesToSaveWrapper
@@ -60,6 +60,14 @@ class PeftMethod:
             if isinstance(module, ModulesToSaveWrapper):
                 base.set_submodule(name, module.modules_to_save[module.active_adapter])
         return model.merge_and_unload()
+
+
+@contextmanager
+def _without_renaming() -> Iterator[None]:
+    """peft 0.21 reads a property that transformers 5.23 has renamed; nothing that a user could do about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 def no_targets(model: Any, targets: Any) -> RecipeError:

@@ -74,7 +74,7 @@ def test_what_is_published_answers_as_it_did_in_training(
     assert code == 0
     registry = Registry(home)
     manifest = registry.resolve("prod")
-    assert (str(manifest.ref), manifest.kind) == ("bot@1", method)
+    assert (str(manifest.ref), manifest.method) == ("bot@1", method)
     registry.verify(manifest.ref)
     assert manifest.metrics["eval_loss"] < manifest.metrics["base_eval_loss"]
     folder = registry.path(manifest.ref)
@@ -83,6 +83,8 @@ def test_what_is_published_answers_as_it_did_in_training(
         assert all(min(file.get_slice(name).get_shape()) > 0 for name in file.keys())  # noqa: SIM118 - not a dictionary
     card = (folder / "README.md").read_text()
     assert "| before | after |" in card
+    assert "## Verdict" in card
+    assert {"evaluation.json", "report.html", "plot_losses.png"} <= set(manifest.files)
     assert json.loads((home.runs / "r1" / "result.json").read_text())["adapter"] == "bot@1"
     job = Store(home.store_url).job("r1")
     assert job is not None

@@ -1,0 +1,13 @@
+"""What an evaluation leaves in the run folder, by name."""
+
+EVALUATION_FILE = "evaluation.json"
+PREDICTIONS_FILE = "predictions.parquet"
+VERDICT_FILE = "verdict.json"
+REPORT_FILE = "report.html"
+PLOTS = "plot_*.png"
+PROGRESS_FILE = "evaluating.json"
+"""There while it is going on."""
+REPORTED = (EVALUATION_FILE, VERDICT_FILE, REPORT_FILE)
+"""What is published beside the weights, and the plots. Predictions stay with the run."""
+NOT_EVALUATED = 3
+"""What `training.check` exits with where an export is good and no report could be made of it."""
