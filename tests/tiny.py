@@ -78,3 +78,73 @@ def make_bert(folder: Path, *, seed: int = 0) -> Path:
     model.config.architectures = ["BertModel"]
     model.save_pretrained(folder)
     return folder
+
+
+def make_vit(folder: Path, *, seed: int = 0) -> Path:
+    """A random two-layer vision transformer of 32 by 32 pixels, without a head."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def make_ast(folder: Path, *, seed: int = 0) -> Path:
+    """A random two-layer audio spectrogram transformer of half a second, without a head."""
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
+
+    torch.manual_seed(seed)
+    config = ASTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_length=48,
+        num_mel_bins=32,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    ASTModel(config).save_pretrained(folder)
+    ASTFeatureExtractor(max_length=48, num_mel_bins=32).save_pretrained(folder)
+    return folder
+
+
+def make_bart(folder: Path, *, seed: int = 0) -> Path:
+    """A random encoder-decoder of two layers each."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=None,
+        init_std=0.2,
+        dropout=0.0,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    return folder
