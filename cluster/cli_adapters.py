@@ -8,6 +8,8 @@ import typer
 from cluster.cli_run import HomeOption
 from cluster.terminal import number, output, size, table
 from hone.errors import RegistryError
+from hone.methods import HOW_SERVED
+from hone.tasks import TASKS
 
 adapters = typer.Typer(help="Published adapters: list, show, verify, alias, rm.", no_args_is_help=True)
 
@@ -30,8 +32,9 @@ def list_(home: HomeOption = None, as_json: AsJson = False) -> None:
     rows = [
         (
             str(m.ref),
-            m.kind,
             m.task,
+            m.method,
+            m.served,
             m.base.name,
             _main_metric(m.metrics),
             size(sum(file.bytes for file in m.files.values())),
@@ -40,7 +43,7 @@ def list_(home: HomeOption = None, as_json: AsJson = False) -> None:
         )
         for m in found
     ]
-    output().print(table(("ADAPTER", "KIND", "TASK", "BASE", "RESULT", "SIZE", "PUBLISHED", "ALIASES"), rows))
+    output().print(table(("ADAPTER", "TASK", "METHOD", "SERVED", "BASE", "RESULT", "SIZE", "PUBLISHED", "ALIASES"), rows))
 
 
 @adapters.command()
@@ -55,7 +58,8 @@ def show(ref: Ref, home: HomeOption = None, as_json: AsJson = False) -> None:
     lineage = manifest.lineage
     rows = [
         ("adapter", str(manifest.ref)),
-        ("kind", f"{manifest.kind}, {manifest.task}, {manifest.dtype}"),
+        ("kind", f"{manifest.kind}, {manifest.task}, {manifest.method}, {manifest.dtype}"),
+        ("served", f"{HOW_SERVED[manifest.served]}, at {TASKS[manifest.task].route}"),
         ("base", f"{manifest.base.name}" + (f" at {manifest.base.revision}" if manifest.base.revision else "")),
         ("base fingerprint", manifest.base.fingerprint[:16]),
         ("digest", manifest.digest[:16]),

@@ -1,6 +1,7 @@
 """`hone serve`: a base model and every adapter of it, over HTTP on this machine or on a cluster."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from cluster.cli_run import HomeOption
 from cluster.terminal import notes, output
 from hone.errors import RunFailedError
 from hone.storage import Home
+from hone.tasks import TASKS, TaskName, curl
 
 
 def serve(
@@ -79,12 +81,13 @@ def _serve_on_cluster(base: str, home: str | None, address: str) -> None:
     )
 
 
-def print_how_to_ask(url: str, models: list[str], *, console: Console) -> None:
-    """The URL, what answers there, and two ways to ask it."""
-    name = models[-1] if models else "MODEL"
+def print_how_to_ask(url: str, models: Mapping[str, TaskName], *, console: Console) -> None:
+    """The URL, what answers there, and how to ask the last of it."""
+    name, task = list(models.items())[-1]
     console.print(f"\n{url}/v1 answers for: {', '.join(models)}\n", markup=False)
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    console.print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n", markup=False)
+    console.print(f"  {curl(task, name, url=url)}\n", markup=False)
+    if TASKS[task].route != TASKS["chat"].route:
+        return
     console.print(
         "  from openai import OpenAI\n"
         f'  client = OpenAI(base_url="{url}/v1", api_key="none")\n'

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class _Demo:
         if code:
             raise StepFailedError(code)
 
-    def _ask(self, models: list[str]) -> None:
+    def _ask(self, models: Iterable[str]) -> None:
         """The same questions to base and best adapter, side by side with the answer that the documentation gives."""
         from openai import OpenAI
 

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.connect import LocalRay
 from cluster.dashboard import Dashboard, open_url
 from hone.errors import ResourceError, RunFailedError
+from hone.tasks import TaskName
 
 IMPORT_PATH = "serving.app:build"
 APPLICATION = "hone"
@@ -62,8 +63,8 @@ def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str
     dashboard.put(APPLICATIONS_PATH, config)
 
 
-def deploy_locally(ray: LocalRay, *, base: str, home: str, host: str, port: int) -> list[str]:
-    """Deploy on a local Ray and wait until it answers; the models that are served.
+def deploy_locally(ray: LocalRay, *, base: str, home: str, host: str, port: int) -> dict[str, TaskName]:
+    """Deploy on a local Ray and wait until it answers; the models that are served, and their tasks.
 
     Raises:
         RunFailedError: it failed to start.
@@ -94,8 +95,8 @@ def wait_until_deployed(dashboard: Dashboard, *, is_alive: Callable[[], bool] = 
         time.sleep(POLL_S)
 
 
-def wait_until_healthy(url: str, *, timeout_s: float = 60) -> list[str]:
-    """Wait until `/healthz` answers; the models that are served.
+def wait_until_healthy(url: str, *, timeout_s: float = 60) -> dict[str, TaskName]:
+    """Wait until `/healthz` answers; the models that are served, and their tasks.
 
     Raises:
         RunFailedError: it does not within `timeout_s`.
@@ -104,7 +105,7 @@ def wait_until_healthy(url: str, *, timeout_s: float = 60) -> list[str]:
     while True:
         try:
             _get(f"{url}/healthz")
-            return [model["id"] for model in json.loads(_get(f"{url}/v1/models"))["data"]]
+            return {model["id"]: model["task"] for model in json.loads(_get(f"{url}/v1/models"))["data"]}
         except (OSError, ValueError, KeyError) as error:
             if time.monotonic() > deadline:
                 raise RunFailedError(f"{url}/healthz does not answer after {timeout_s:.0f} s ({error})") from None

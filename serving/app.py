@@ -43,6 +43,8 @@ class ServeArgs(BaseModel):
     """Tokens of prompt and answer together; by default as many as the base and the memory allow."""
     max_adapters: int = Field(default=64, ge=1)
     """Adapters that one replica keeps in memory."""
+    max_copies: int = Field(default=2, ge=0)
+    """Copies of the base that one replica keeps, for adapters that cannot share a batch; each takes the base's memory once more."""
     max_queued: int = Field(default=256, ge=0)
     """Requests that wait for a replica before more are answered 429."""
     num_cpus: float = Field(default=1, ge=0)
@@ -71,6 +73,7 @@ def build(args: ServeArgs) -> serve.Application:
         max_rows=args.max_rows,
         max_context=args.max_context,
         max_adapters=args.max_adapters,
+        max_copies=args.max_copies,
     )
     # Many more than the replicas take: waiting streams sit here, and those past `max_queued` are answered 429.
     ingress = serve.deployment(serve.ingress()(Ingress)).options(

@@ -1,21 +1,31 @@
-"""A base model from its folder to a running engine: the weights, the tokenizer, what it can do, and the thread that owns it."""
+"""A base model from its folder to a running engine: the weights, the processor, what it can do, and the thread that owns it."""
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hone.base_model import BaseModel
-from hone.chat import end_of_turn_ids, ensure_template
+from hone.chat import end_of_turn_ids
 from hone.errors import BaseModelError
+from hone.manifest import AdapterManifest
+from hone.tasks import TaskName
+from models.tasks import TASKS, Head, Inputs
+from models.tasks.task import ProblemType
+from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
+from serving.engine.alone import Alone
 from serving.engine.capability import context_of, probe
-from serving.engine.classifier import Classification, EncoderHeads, Heads, LastTokenHeads
+from serving.engine.classifier import Classification
 from serving.engine.decoder import Decoder
 from serving.engine.generation import Generation
+from serving.engine.heads import EncoderHeads, Heads, MixedHeads, OwnHeads, TrunkHeads
 from serving.engine.lora import AdapterWeights, Mixer
 from serving.engine.thread import ModelThread, Work
+from serving.kinds import TASKS_OF, Kind, generates, inputs_of, is_causal, kind_of, load_processor, medium_of, own_task
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,14 +40,36 @@ class Served:
     name: str
     """`name@version`, or the base's name."""
     digest: str
-    task: str
-    weights: AdapterWeights | None
-    """None is the base alone."""
-    tokenizer: Any
+    task: TaskName
+    processor: Any
+    """Its tokenizer, image processor or feature extractor."""
+    max_context: int
+    """Tokens of one row; 0 where it reads none."""
+    weights: AdapterWeights | None = None
+    """What it adds to the model that all share; None is that model itself, or one of its own."""
+    model: Any = None
+    """What generates, where it is not the model that all share."""
+    heads: Heads | None = None
+    """What classifies; None where nothing does, or where the base has no trained head."""
     end_ids: frozenset[int] = frozenset()
-    """Tokens that end an answer (chat)."""
+    """Tokens that end an answer."""
     labels: tuple[str, ...] = ()
-    """Classes in the order of the head's outputs; empty where there is no trained head."""
+    """Classes in the order of the head's outputs; none where it answers a number."""
+    problem_type: ProblemType | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a base is served by: depends on its kind."""
+
+    max_context: int
+    mixer: Mixer | None = None
+    """None where every adapter gets a copy."""
+    decoder: Decoder | None = None
+    generation: Generation | None = None
+    """Continuous batching, of decoders alone."""
+    heads: Mapping[str, MixedHeads] = field(default_factory=dict)
+    """By task, for those of which rows of different adapters share a batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,35 +77,47 @@ class Engine:
     """One base model and the work that its thread does."""
 
     base: Served
-    mixer: Mixer
-    decoder: Decoder | None
-    """None where the base is an encoder."""
-    generation: Generation | None
+    folder: Path
+    """What copies of the base are loaded from."""
+    tasks: tuple[TaskName, ...]
+    """What adapters of it may be for."""
+    parts: Parts
+    alone: Alone
     classification: Classification
     thread: ModelThread
-    max_context: int
     vocabulary: int
     """Token ids that the embedding has rows for."""
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def generation(self) -> Generation | None:
+        return self.parts.generation
 
-def load_tokenizer(folder: Any) -> Any:
-    """The tokenizer of a folder; it is used by several threads, so it must not hold truncation or padding to be switched off later."""
-    from transformers import AutoTokenizer
+    @property
+    def max_context(self) -> int:
+        return self.base.max_context
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer("warm-up: drops the truncation and padding that were saved with it")
-    return tokenizer
+    @property
+    def inputs(self) -> Inputs:
+        return inputs_of(self.base.processor)
+
+    @property
+    def mixed_tasks(self) -> tuple[TaskName, ...]:
+        """Tasks whose LoRA adapters share a batch."""
+        return tuple(task for task in self.tasks if task in self.parts.heads or (is_causal(task) and self.parts.decoder))
+
+    def mixes(self, manifest: AdapterManifest) -> bool:
+        """Whether the adapter shares a batch with others, or gets a copy of the base."""
+        return manifest.served == "mixed" and manifest.task in self.mixed_tasks
 
 
-def load_engine(base: BaseModel, *, name: str, labels: list[str] | None, max_rows: int, max_context: int | None) -> Engine:
+def load_engine(base: BaseModel, *, published: AdapterManifest | None = None, max_rows: int, max_context: int | None) -> Engine:
     """Load a base and start its thread.
 
     Args:
         base: Where it is.
-        name: What answers call it.
-        labels: Class names of its own head, where a manifest gives them; else its configuration's are used.
+        published: What it was published as, where it is a whole model of the registry.
         max_rows: Rows that run at once.
         max_context: Tokens of one row; None is as many as the base and the memory allow.
 
@@ -82,58 +126,123 @@ def load_engine(base: BaseModel, *, name: str, labels: list[str] | None, max_row
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    model, has_head = _load_model(base, device, dtype)
-    tokenizer = load_tokenizer(base.folder)
-    mixer = Mixer(model)
-    decoder, generation = None, None
-    if base.is_decoder:
-        context = context_of(model, positions=base.max_context, asked=max_context, rows=max_rows, memory_bytes=_free_memory(device))
-        decoder = Decoder(model, mixer)
-        with torch.inference_mode():
-            probe(decoder)
-        generation = Generation(decoder, max_rows=max_rows, max_context=context)
-        heads: Heads = LastTokenHeads(model.base_model, mixer)
+    kind = kind_of(base)
+    task = own_task(base, kind, published)
+    model, has_head = _load_model(base, task, device, dtype)
+    processor = load_processor(task, base.folder)
+    asked = max_context or base.max_context
+    if kind == "decoder":
+        if lacks_template(base.folder):
+            logger.info("%s: %s", base.id.name, NO_TEMPLATE)
+        parts = _decoder_parts(base, model, inputs_of(processor), max_rows=max_rows, max_context=max_context)
+    elif kind == "encoder-decoder":
+        parts = Parts(min(base.max_context, asked))
     else:
-        context = min(_positions(model, base), tokenizer.model_max_length, max_context or base.max_context)
-        is_causal = isinstance(getattr(model, "score", None), torch.nn.Module)
-        heads = LastTokenHeads(model.base_model, mixer, score=model.score) if is_causal else EncoderHeads(model, mixer)
-    classification = Classification(heads, max_rows=max_rows)
-    own = tuple(labels or (str(label) for _, label in sorted(model.config.id2label.items()))) if has_head else ()
+        reads = medium_of(task) == "text"
+        context = min(_positions(model, base), processor.model_max_length, asked) if reads else 0
+        parts = _encoder_parts(base, kind, task, model, inputs_of(processor), context=context)
     served = Served(
-        name=name,
+        name=str(published.ref) if published else base.id.name,
         digest=base.id.fingerprint,
-        task="chat" if base.is_decoder else "text-classification",
-        weights=None,
-        tokenizer=tokenizer,
-        end_ids=end_ids(tokenizer) if base.is_decoder else frozenset(),
-        labels=own,
+        task=task,
+        processor=processor,
+        max_context=parts.max_context,
+        model=model if kind == "encoder-decoder" else None,
+        heads=(parts.heads.get(task) or OwnHeads(model, TASKS[task], inputs_of(processor))) if has_head else None,
+        end_ids=end_ids(task, processor, model),
+        **(_own_answers(model, published) if has_head else {}),
     )
-    works: list[Work] = [*([generation] if generation else []), classification]
-    logger.info("serving %s on %s in %s: %d rows of up to %d tokens", name, device, dtype, max_rows, context)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return Engine(served, mixer, decoder, generation, classification, ModelThread(works), context, vocabulary, dtype, device)
+    classification, alone = Classification(max_rows=max_rows), Alone(device)
+    works: list[Work] = [*([parts.generation] if parts.generation else []), classification, alone]
+    logger.info("serving %s on %s in %s: %d rows of up to %d tokens", served.name, device, dtype, max_rows, parts.max_context)
+    vocabulary = model.get_input_embeddings().num_embeddings if medium_of(task) == "text" else 0
+    thread = ModelThread(works)
+    return Engine(served, base.folder, TASKS_OF[kind], parts, alone, classification, thread, vocabulary, dtype, device)
 
 
-def end_ids(tokenizer: Any) -> frozenset[int]:
-    """Give a chat tokenizer its template where it has none, and find what ends an answer."""
-    if ensure_template(tokenizer):
-        logger.info("%s has no chat template, so ChatML is used", tokenizer.name_or_path)
-    return frozenset(end_of_turn_ids(tokenizer))
+def end_ids(task: TaskName, processor: Any, model: Any) -> frozenset[int]:
+    """What ends an answer: of a conversation the end of the turn, else the end of the text."""
+    if not generates(task):
+        return frozenset()
+    if is_causal(task) and task != "completion":
+        return frozenset(end_of_turn_ids(processor))
+    own = model.generation_config.eos_token_id if task == "seq2seq" else None
+    known = [processor.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return frozenset(token for token in known if token is not None)
 
 
-def _load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> tuple[Any, bool]:
+def _load_model(base: BaseModel, task: TaskName, device: torch.device, dtype: torch.dtype) -> tuple[Any, bool]:
     """The model, and whether it has a trained classification head of its own."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    kind = AutoModelForCausalLM if base.is_decoder else AutoModelForSequenceClassification
+    kind = TASKS[task].model_class()
     try:
         model, info = kind.from_pretrained(base.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except (ValueError, OSError) as error:
         raise BaseModelError(f"{base.id.name}: cannot be loaded as {kind.__name__} ({str(error).splitlines()[0]})") from None
     missing = sorted(info["missing_keys"])
-    if base.is_decoder and missing:
+    if generates(task) and missing:
         raise BaseModelError(f"{base.id.name}: its weights lack {missing[0]} and {len(missing) - 1} more; the folder is incomplete")
-    return model.to(device).eval().requires_grad_(False), not base.is_decoder and not missing
+    return model.to(device).eval().requires_grad_(False), not generates(task) and not missing
+
+
+def _decoder_parts(base: BaseModel, model: Any, inputs: Inputs, *, max_rows: int, max_context: int | None) -> Parts:
+    """A causal language model generates, and its trunk reads what is to be classified."""
+    memory = _free_memory(model.device)
+    context = context_of(model, positions=base.max_context, asked=max_context, rows=max_rows, memory_bytes=memory)
+    mixer = Mixer(model)
+    decoder = Decoder(model, mixer)
+    with torch.inference_mode():
+        probe(decoder)
+    return Parts(
+        context, mixer, decoder, Generation(decoder, max_rows=max_rows, max_context=context), _trunk_heads(model.base_model, mixer, inputs)
+    )
+
+
+def _encoder_parts(base: BaseModel, kind: Kind, task: TaskName, model: Any, inputs: Inputs, *, context: int) -> Parts:
+    """An encoder classifies, for each task with a class of its own whose trunk is the one that all share."""
+    score = getattr(model, "score", None)
+    if isinstance(score, torch.nn.Module):  # a causal language model that was trained whole as a classifier
+        mixer = Mixer(model)
+        return Parts(context, mixer, heads=_trunk_heads(model.base_model, mixer, inputs, own={task: score}))
+    models = {task: model} | {other: found for other in TASKS_OF[kind] if other != task and (found := _sharing(base, other, model, inputs))}
+    mixer = Mixer(model)
+    mixed: dict[str, MixedHeads] = {}
+    for name, each in models.items():
+        mixer.wrap(each)
+        heads = EncoderHeads(each, mixer, TASKS[name], inputs)
+        with torch.inference_mode():
+            mixed |= {name: heads} if heads.can_mix() else {}
+    if not mixed:
+        logger.info("%s does not compute row by row, so each adapter of it gets a copy", type(model).__name__)
+    return Parts(context, mixer, heads=mixed)
+
+
+def _trunk_heads(trunk: Any, mixer: Mixer, inputs: Inputs, *, own: Mapping[str, Any] | None = None) -> dict[str, MixedHeads]:
+    tasks = ("text-classification", "token-classification")
+    return {task: TrunkHeads(trunk, mixer, TASKS[task], inputs, score=(own or {}).get(task)) for task in tasks}
+
+
+def _sharing(base: BaseModel, task: TaskName, model: Any, inputs: Inputs) -> Any:
+    """The base as another task has it, on the trunk of `model`; None where transformers has no class for that, or that trunk lacks a part
+    (BERT's pooler)."""
+    try:
+        other, _ = TASKS[task].load_model(base.folder, head=Head(["0", "1"]), dtype=model.dtype, pad_token_id=inputs.pad_token_id)
+    except ValueError:
+        return None
+    ours, theirs = (dict(each.base_model.named_parameters()) for each in (model, other))
+    if model.base_model is model or not theirs.keys() <= ours.keys():
+        return None
+    setattr(other, other.base_model_prefix, model.base_model)
+    return other.to(model.device).eval().requires_grad_(False)
+
+
+def _own_answers(model: Any, published: AdapterManifest | None) -> dict[str, Any]:
+    """Labels and problem type of the base's own head: the manifest's, else the configuration's."""
+    if published:
+        return {"labels": tuple(published.labels or ()), "problem_type": published.problem_type}
+    labels = tuple(str(label) for _, label in sorted(model.config.id2label.items()))
+    # As transformers takes it: one output is a number.
+    problem = model.config.problem_type or ("regression" if len(labels) == 1 else None)
+    return {"labels": () if problem == "regression" else labels, "problem_type": problem}
 
 
 def _positions(model: Any, base: BaseModel) -> int:

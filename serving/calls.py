@@ -2,8 +2,10 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from hone.tasks import TASKS
+from models.tasks.task import ProblemType
 from serving.catalog import BaseDescription
 from serving.errors import RequestError
 
@@ -41,11 +43,28 @@ class CompletionCall:
 
 
 @dataclass(frozen=True)
+class Media:
+    """A picture or a sound as it was sent: the bytes of a file."""
+
+    kind: Literal["image", "audio"]
+    content: bytes
+
+
+@dataclass(frozen=True)
 class ClassifyCall:
-    """The class of each text."""
+    """What each text, picture or sound is classified as."""
 
     model: str
-    inputs: list[str]
+    inputs: list[str | Media]
+
+
+Call = ChatCall | CompletionCall | ClassifyCall
+ROUTES: dict[type[Call], str] = {
+    ChatCall: TASKS["chat"].route,
+    CompletionCall: TASKS["completion"].route,
+    ClassifyCall: TASKS["text-classification"].route,
+}
+"""Where each kind of call comes in."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +105,44 @@ Event = Started | Piece | Done | Failed
 
 
 @dataclass(frozen=True)
+class Scores:
+    """A probability for each label: together 1, or each by itself where an input may have any number of classes."""
+
+    probabilities: list[float]
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a regression answers."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Word:
+    """The class of one word of a text, and where in the text it stands."""
+
+    text: str
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+Answer = Scores | Number | list[Word]
+
+
+@dataclass(frozen=True)
 class Classified:
-    """Labels of the head and, per input, its probabilities in that order."""
+    """Labels of the head and an answer per input."""
 
     served: str
     digest: str
     labels: tuple[str, ...]
-    probabilities: list[list[float]]
+    problem_type: ProblemType | None
+    answers: list[Answer]
     tokens: int
+    """Of all texts together."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +154,9 @@ class Status:
     completed: int
     """Answers generated to their end, since the start."""
     adapters: list[str]
-    """In memory, least recently used first."""
+    """In memory beside the base, least recently used first."""
+    copies: list[str]
+    """In memory on a copy of the base of their own, likewise."""
 
 
 class Backend(Protocol):

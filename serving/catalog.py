@@ -8,7 +8,9 @@ from typing import Any
 
 from hone.errors import CorruptAdapterError, UnknownAdapterError
 from hone.manifest import AdapterManifest, BaseModelId
+from hone.methods import HOW_SERVED
 from hone.registry import Registry
+from hone.tasks import TASKS, TaskName
 from serving.errors import AdapterRefusedError, UnknownModelError
 
 
@@ -17,11 +19,18 @@ class BaseDescription:
     """The base model that a server holds."""
 
     id: BaseModelId
-    task: str
-    """`chat` for a causal model, `text-classification` for an encoder."""
+    task: TaskName
+    """What it does by itself."""
     max_context: int
+    """Tokens of one row; 0 where it reads none."""
     created: int
     """Unix time in seconds."""
+    tasks: tuple[TaskName, ...]
+    """What adapters of it may be for."""
+    mixed_tasks: tuple[TaskName, ...] = ()
+    """Tasks whose LoRA adapters share a batch; others need a copy of the base."""
+    max_copies: int = 0
+    """Copies of the base that a replica keeps for adapters which share no batch."""
     labels: tuple[str, ...] | None = None
     """Classes of the base's own trained head, if it has one."""
     published: str | None = None
@@ -86,12 +95,20 @@ class Catalog:
             "created": self.base.created,
             "owned_by": "base",
             "task": self.base.task,
+            "route": TASKS[self.base.task].route,
+            "labels": list(self.base.labels) if self.base.labels else None,
             "fingerprint": self.base.id.fingerprint,
-            "max_context": self.base.max_context,
+            "max_context": self.base.max_context or None,
         }
 
     def _is_served(self, manifest: AdapterManifest) -> bool:
-        return manifest.served == "mixed" and manifest.base.fingerprint == self.base.id.fingerprint
+        return self._is_of_base(manifest) and manifest.task in self.base.tasks and (self._is_mixed(manifest) or self.base.max_copies > 0)
+
+    def _is_of_base(self, manifest: AdapterManifest) -> bool:
+        return manifest.kind == "adapter" and manifest.base.fingerprint == self.base.id.fingerprint
+
+    def _is_mixed(self, manifest: AdapterManifest) -> bool:
+        return manifest.served == "mixed" and manifest.task in self.base.mixed_tasks
 
     def _reason(self, model: str, manifest: AdapterManifest | None) -> str:
         shown = model if len(model) <= 200 else f"{model[:200]}..."
@@ -99,6 +116,11 @@ class Catalog:
             return f"no model {shown!r} here; GET /v1/models lists those there are"
         if manifest.kind == "full":
             return f"{manifest.ref} is a whole model of its own, and this server serves {self.base.names[0]}; serve it as a base"
+        if self._is_of_base(manifest) and manifest.task not in self.base.tasks:
+            return f"{manifest.ref} is for {manifest.task}, and this server serves {self.base.names[0]} for {', '.join(self.base.tasks)}"
+        if self._is_of_base(manifest):
+            how = HOW_SERVED[manifest.served if manifest.served != "mixed" else "merged"]
+            return f"{manifest.ref} is served {how}, and this server keeps no copies; start it with max_copies of at least 1"
         here, there = self.base.id, manifest.base
         return (
             f"{manifest.ref} is an adapter of {there.name} ({there.fingerprint[:12]}), and this server serves "
@@ -116,7 +138,11 @@ def adapter_card(model: str, manifest: AdapterManifest) -> dict[str, Any]:
         "adapter": str(manifest.ref),
         "digest": manifest.digest,
         "task": manifest.task,
+        "route": TASKS[manifest.task].route,
+        "method": manifest.method,
+        "served": manifest.served,
         "labels": manifest.labels,
+        "problem_type": manifest.problem_type,
         "metrics": manifest.metrics,
         "parent": manifest.base.model_dump(),
         "lineage": manifest.lineage.model_dump(),

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hone.registry import Registry
-from serving.calls import Backend, ChatCall, Classified, CompletionCall, Done, Event, Failed, Piece, Started
+from serving.calls import Answer, Backend, ChatCall, Classified, CompletionCall, Done, Event, Failed, Number, Piece, Scores, Started
 from serving.catalog import Catalog
 from serving.errors import RequestError
 from serving.schemas import ChatRequest, ClassifyRequest, CompletionRequest, GenerateRequest
@@ -195,13 +195,23 @@ def _usage(started: Started, made: int) -> dict[str, int]:
 
 
 def _classification(result: Classified) -> dict[str, Any]:
-    data = []
-    for index, row in enumerate(result.probabilities):
-        probs = dict(zip(result.labels, row, strict=True))
-        data.append({"index": index, "label": max(probs, key=probs.__getitem__), "probs": probs, "num_classes": len(probs)})
+    data = [{"index": index, **_answered(result, answer)} for index, answer in enumerate(result.answers)]
     usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
     head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": result.served}
     return {**head, "data": data, "usage": usage}
+
+
+def _answered(result: Classified, answer: Answer) -> dict[str, Any]:
+    match answer:
+        case Number(value):
+            return {"value": value}
+        case Scores(probabilities):
+            probs = dict(zip(result.labels, probabilities, strict=True))
+            if result.problem_type == "multi_label_classification":
+                return {"labels": [label for label, p in probs.items() if p > 0.5], "probs": probs, "num_classes": len(probs)}
+            return {"label": max(probs, key=probs.__getitem__), "probs": probs, "num_classes": len(probs)}
+        case words:
+            return {"tokens": [asdict(word) for word in words]}
 
 
 def _sse(value: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
-"""A published adapter from its files to the model's memory: digests, configuration, matrices, head, and the proof that it answers here as
-it did where it was trained."""
+"""A published adapter from its files to memory: digests, then matrices and head for the model that all share, or a copy of the base of its
+own; and the proof that it answers here as it did where it was trained."""
 
 import json
 import re
@@ -13,21 +13,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hone.errors import CorruptAdapterError
+from hone.base_model import PROCESSOR_FILE
+from hone.errors import CorruptAdapterError, HoneError
 from hone.manifest import AdapterManifest
 from hone.registry import Registry
 from hone.storage import digest_of
-from serving.base import Engine, Served, end_ids, load_tokenizer
-from serving.engine.cache import SlotCache
-from serving.engine.capability import tolerance
-from serving.engine.lora import AdapterWeights, Stack, StackedRows
+from models.tasks import TASKS
+from serving.base import Engine, Served, end_ids
+from serving.copies import load_copy, vectors_before
+from serving.engine.heads import OwnHeads
+from serving.engine.lora import AdapterWeights
 from serving.errors import AdapterRefusedError, RequestError
+from serving.kinds import generates, load_processor
+from serving.proof import prove
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 GOLDEN_FILE = "golden.safetensors"
 PREFIX = "base_model.model."
-NOT_TOKENIZER = {WEIGHTS_FILE, CONFIG_FILE, GOLDEN_FILE, "recipe.json", "README.md"}
+NOT_PROCESSOR = {WEIGHTS_FILE, CONFIG_FILE, GOLDEN_FILE, "recipe.json", "README.md"}
 
 UNDERSTOOD = {
     "alpha_pattern",
@@ -64,13 +68,13 @@ Any other that is set changes what the layers compute, so the adapter is refused
 
 
 class AdapterLoader:
-    """Brings adapters of one engine into its memory. Thread safe; the parts that touch the model run on the model's thread."""
+    """Brings adapters of one engine into memory. Thread safe; the parts that touch the model run on the model's thread."""
 
     def __init__(self, registry: Registry, engine: Engine) -> None:
         self._registry = registry
         self._engine = engine
-        self._tokenizers: WeakValueDictionary[str, Any] = WeakValueDictionary()
-        """By digest of the tokenizer's files: versions trained on one base share one."""
+        self._processors: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        """By digest of their files: versions trained on one base share one."""
 
     def load(self, manifest: AdapterManifest) -> Served:
         """Read, check and prove one adapter. Blocks for as long as that takes.
@@ -81,53 +85,69 @@ class AdapterLoader:
         folder = self._registry.path(manifest.ref)
         try:
             self._registry.verify(manifest.ref)
-            served = self._read(folder, manifest)
+            served = self._mixed(folder, manifest) if self._engine.mixes(manifest) else self._copy(folder, manifest)
             golden = load_file(folder / GOLDEN_FILE)
-            self._engine.thread.call(lambda: _prove(self._engine, served, golden)).result()
+            self._engine.thread.call(lambda: prove(self._engine, served, golden)).result()
         except RequestError:
             raise
         except CorruptAdapterError as error:
             raise AdapterRefusedError(f"{manifest.ref} has changed since it was published: {error.message}", "model") from None
-        except (ValueError, KeyError, OSError, SafetensorError) as error:
+        except (HoneError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise AdapterRefusedError(f"{manifest.ref} cannot be served: {error}", "model") from error
         return served
 
-    def _read(self, folder: Path, manifest: AdapterManifest) -> Served:
-        engine, is_chat = self._engine, manifest.task == "chat"
-        if is_chat and engine.generation is None:
-            raise ValueError("it is a chat adapter, and this base does not generate")
+    def _mixed(self, folder: Path, manifest: AdapterManifest) -> Served:
+        """LoRA matrices, and the head where there is one, to go beside the model that all share."""
+        engine, mixer, generated = self._engine, self._engine.parts.mixer, generates(manifest.task)
+        assert mixer is not None, "adapters are mixed only on bases with wrapped layers"
         config = read_config(folder / CONFIG_FILE)
         state = load_file(folder / WEIGHTS_FILE)
-        layers, saved = split_weights(state, config, engine.mixer.shapes, device=engine.device, dtype=engine.dtype)
-        if is_chat and saved:
-            raise ValueError(f"it brings whole modules ({', '.join(saved)}), and chat adapters are LoRA matrices alone")
-        if not is_chat and not manifest.labels:
-            raise ValueError("its manifest names no labels")
+        layers, saved = split_weights(state, config, mixer.shapes, device=engine.device, dtype=engine.dtype)
+        if generated and saved:
+            raise ValueError(f"it brings whole modules ({', '.join(saved)}), and adapters for {manifest.task} are LoRA matrices alone")
         inside = [name for name in layers for module in saved if name == module or name.startswith(f"{module}.")]
         if inside:
             raise ValueError(f"its LoRA layer {inside[0]} lies inside a module that it also brings whole")
-        heads = engine.classification.heads
-        modules = {} if is_chat else engine.thread.call(lambda: heads.build(saved)).result()
-        tokenizer = self._tokenizer(folder, manifest)
+        if generated:
+            return self._served(folder, manifest, weights=AdapterWeights(layers))
+        heads = engine.parts.heads[manifest.task]
+        modules = engine.thread.call(lambda: heads.build(saved)).result()
+        return self._served(folder, manifest, weights=AdapterWeights(layers, modules), heads=heads)
+
+    def _copy(self, folder: Path, manifest: AdapterManifest) -> Served:
+        """A model of its own."""
+        model = load_copy(self._engine, manifest, folder)
+        context = self._engine.max_context - vectors_before(model)
+        if generates(manifest.task):
+            return self._served(folder, manifest, model=model, max_context=context)
+        heads = OwnHeads(model, TASKS[manifest.task], self._engine.inputs)
+        return self._served(folder, manifest, heads=heads, max_context=context)
+
+    def _served(self, folder: Path, manifest: AdapterManifest, **ways: Any) -> Served:
+        if not generates(manifest.task) and not manifest.labels and manifest.problem_type != "regression":
+            raise ValueError("its manifest names no labels")
+        processor = self._processor(folder, manifest)
+        made = {"max_context": self._engine.max_context, **ways}
         return Served(
             name=str(manifest.ref),
             digest=manifest.digest,
             task=manifest.task,
-            weights=AdapterWeights(layers, modules),
-            tokenizer=tokenizer,
-            end_ids=end_ids(tokenizer) if is_chat else frozenset(),
+            processor=processor,
+            end_ids=end_ids(manifest.task, processor, made.get("model")),
             labels=tuple(manifest.labels or ()),
+            problem_type=manifest.problem_type,
+            **made,
         )
 
-    def _tokenizer(self, folder: Path, manifest: AdapterManifest) -> Any:
-        files = {name: entry.sha256 for name, entry in manifest.files.items() if name not in NOT_TOKENIZER}
-        if "tokenizer_config.json" not in files:
-            return self._engine.base.tokenizer
+    def _processor(self, folder: Path, manifest: AdapterManifest) -> Any:
+        files = {name: entry.sha256 for name, entry in manifest.files.items() if name not in NOT_PROCESSOR}
+        if not files.keys() & {"tokenizer_config.json", PROCESSOR_FILE}:
+            return self._engine.base.processor
         key = digest_of(files)
-        tokenizer = self._tokenizers.get(key)
-        if tokenizer is None:
-            tokenizer = self._tokenizers[key] = load_tokenizer(folder)
-        return tokenizer
+        processor = self._processors.get(key)
+        if processor is None:
+            processor = self._processors[key] = load_processor(manifest.task, folder)
+        return processor
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -215,40 +235,3 @@ def _scaling(module: str, rank: int, config: Mapping[str, Any]) -> float:
     matched = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
     alpha = float(patterns[matched] if matched else config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _prove(engine: Engine, served: Served, golden: Mapping[str, Tensor]) -> None:
-    """Compare the recorded outputs with those that this engine's own batched path gives. On the model's thread.
-
-    Raises:
-        AdapterRefusedError: they differ by more than arithmetic explains.
-    """
-    ids, mask, wanted = golden["input_ids"], golden["attention_mask"], golden["logits"].float()
-    rows = [row[:length].tolist() for row, length in zip(ids, mask.sum(-1).tolist(), strict=True)]
-    got = torch.stack(_outputs(engine, served, rows)).cpu()
-    if got.shape != wanted.shape or (served.labels and len(served.labels) != got.shape[1]):
-        raise AdapterRefusedError(
-            f"{served.name}: has {got.shape[1]} outputs, {len(served.labels)} labels and {wanted.shape[1]} recorded outputs", "model"
-        )
-    difference = float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
-    allowed = tolerance(engine.dtype)
-    if not difference <= allowed:
-        raise AdapterRefusedError(
-            f"{served.name}: does not reproduce the outputs recorded when it was trained (relative difference {difference:.2g}, "
-            f"allowed {allowed:.2g}); it is not served",
-            "model",
-        )
-
-
-def _outputs(engine: Engine, served: Served, rows: list[list[int]]) -> list[Tensor]:
-    """The adapter's outputs for token rows, through prefill and one decode step where it chats."""
-    adapters = [served.weights] * len(rows)
-    if served.task != "chat":
-        return engine.classification.heads.logits(rows, adapters)
-    assert engine.decoder is not None, "chat adapters are refused on encoders"
-    cache = SlotCache(slots=len(rows), max_context=max(map(len, rows)))
-    if min(map(len, rows)) == 1:
-        return list(engine.decoder.prefill(cache, rows, adapters, first=0))
-    engine.decoder.prefill(cache, [row[:-1] for row in rows], adapters, first=0)
-    plan = StackedRows(adapters, Stack([served.weights] if served.weights else []), engine.device)
-    return list(engine.decoder.decode(cache, [row[-1] for row in rows], [len(row) - 1 for row in rows], plan))

@@ -4,11 +4,14 @@ Types are strict: a number in quotes is an error. Parameters that would change t
 name; those that change nothing (`user`, `metadata`, `store`) are accepted.
 """
 
+import base64
+import binascii
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from serving.calls import ChatCall, ClassifyCall, CompletionCall, Sampling
+from serving.calls import ChatCall, ClassifyCall, CompletionCall, Media, Sampling
 from serving.errors import RequestError
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -35,7 +38,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters that this version does not do -> the values that ask for nothing (null always does)."""
 CHOICES_AT_MOST = 16
 ROWS_AT_MOST = 256
-"""Prompts or texts in one request."""
+"""Prompts, or texts, pictures and sounds, in one request."""
+DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
 
 
 def _encodable(text: str) -> str:
@@ -176,15 +180,40 @@ class CompletionRequest(GenerateRequest):
 class ClassifyRequest(Request):
     """POST /v1/classify."""
 
-    input: list[Text] = Field(min_length=1, max_length=ROWS_AT_MOST)
+    input: list[str | Media] = Field(min_length=1, max_length=ROWS_AT_MOST)
 
     @field_validator("input", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        inputs = value if isinstance(value, list) else [value]
+        if len(inputs) > ROWS_AT_MOST:
+            raise ValueError(f"at most {ROWS_AT_MOST} inputs in one request; there are {len(inputs)}")
+        return [_classifiable(each, f"input[{n}]" if isinstance(value, list) else "input") for n, each in enumerate(inputs)]
 
     def call(self) -> ClassifyCall:
         return ClassifyCall(self.model, self.input)
+
+
+def _classifiable(value: Any, where: str) -> str | Media:
+    if isinstance(value, str):
+        return _encodable(value)
+    kind = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else None
+    if kind not in ("image", "audio"):
+        raise ValueError('an input is a text, {"image": "<base64>"} or {"audio": "<base64>"}')
+    return Media(kind, _decoded(value[kind], f"{where}.{kind}"))
+
+
+def _decoded(text: Any, where: str) -> bytes:
+    """The bytes of a file in base64, or in a data: URI of it. No address is ever followed: a request must not make the server read what
+    the caller cannot."""
+    encoded = text.removeprefix(match[0]) if isinstance(text, str) and (match := DATA_URI.match(text)) else text
+    try:
+        content = base64.b64decode(encoded, validate=True) if isinstance(encoded, str) else b""
+    except (binascii.Error, ValueError):
+        content = b""
+    if not content:
+        raise RequestError(f"{where} is not base64 of a file, nor a data: URI of it; addresses and paths are not read", where)
+    return content
 
 
 def _is_tokens(value: Any) -> bool:

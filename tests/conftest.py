@@ -15,7 +15,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 
 from hone.storage import Home
-from tests.tiny import make_bert, make_llama, make_t5, make_vit
+from tests.tiny import make_ast, make_bart, make_bert, make_llama, make_t5, make_vit
 
 # A job in a shell's background starts with SIGINT ignored, and so would every command that a test starts and then interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,6 +41,16 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
+def ast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ast(tmp_path_factory.mktemp("ast"))
+
+
+@pytest.fixture(scope="session")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bart(tmp_path_factory.mktemp("bart"))
 
 
 @pytest.fixture

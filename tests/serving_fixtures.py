@@ -1,4 +1,5 @@
-"""Random adapters for the serving tests: made and saved by PEFT, recorded by PEFT's own forward pass, published through the registry."""
+"""Random adapters for the serving tests: made and saved by PEFT or by a method of ours, recorded by their own forward pass, published
+through the registry."""
 
 import json
 from collections.abc import Sequence
@@ -9,13 +10,23 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hone.base_model import find_base_model
+from hone.errors import DataError
 from hone.manifest import AdapterManifest, FileEntry, Lineage
+from hone.methods import MethodName, how_served
+from hone.recipe.method import Method
 from hone.registry import Registry
 from hone.storage import Home
+from hone.tasks import TaskName
+from models.methods import METHODS, Applying
+from models.tasks import TASKS, Batch, Encoded, Head
+from serving.kinds import inputs_of
+
+NO_HEAD = Head()
 
 GOLDEN_TEXTS = ("the cat sat on a mat", "why does it rain", "hello there")
 
@@ -56,30 +67,89 @@ def publish(
     home: Home, base: Path, name: str, *, seed: int, labels: list[str] | None = None, shift: float = 0.0, edit: Any = None, **lora: Any
 ) -> AdapterManifest:
     """A random adapter in the registry. `edit` may change its folder before it is published."""
-    identity = find_base_model(str(base), home=home).id
     with TemporaryDirectory() as folder:
         save_adapter(peft_model(base, seed=seed, labels=labels, **lora), base, Path(folder), is_chat=not labels, shift=shift)
         if edit:
             edit(Path(folder))
+        task: TaskName = "text-classification" if labels else "chat"
+        return _publish(home, base, Path(folder), name, task=task, labels=labels, lineage=_lineage(seed))
 
-        def describe(version: int, files: dict[str, FileEntry]) -> AdapterManifest:
-            return AdapterManifest(
-                name=name,
-                version=version,
-                kind="adapter",
-                method="lora",
-                served="mixed",
-                task="text-classification" if labels else "chat",
-                base=identity,
-                dtype="float32",
-                labels=labels,
-                metrics={"eval_loss": 1.0},
-                lineage=Lineage(run_id=f"run-{seed}", data_digest="none", hone_version="0"),
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                files=files,
-            )
 
-        return Registry(home).publish(Path(folder), name, describe=describe)
+def publish_trained(
+    home: Home,
+    base: Path,
+    name: str,
+    *,
+    task: TaskName,
+    method: MethodName,
+    rows: Sequence[Any],
+    head: Head = NO_HEAD,
+    seed: int = 0,
+    shift: float = 0.0,
+    **settings: Any,
+) -> AdapterManifest:
+    """What a training of `method` would leave behind, with random weights, in the registry.
+
+    Args:
+        rows: Rows of the task's shape, of which the golden outputs are made.
+        head: What a new head answers.
+        shift: Falsifies the recorded outputs.
+        settings: Of the method, as a recipe has them.
+    """
+    doing, how = TASKS[task], METHODS[method]
+    given: Any = TypeAdapter(Method).validate_python({"type": method, **settings})
+    processor = doing.load_processor(base)
+    torch.manual_seed(seed)
+    model, _ = doing.load_model(base, head=head, dtype=torch.float32, pad_token_id=inputs_of(processor).pad_token_id)
+    model = how.apply(model, given, Applying(doing)).eval()
+    state = {name: parameter for name, parameter in model.named_parameters() if how.trained(name, parameter)}
+    with torch.no_grad():
+        for parameter in state.values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        batch = batch_of(task, rows, processor)
+        logits = doing.outputs(model, batch)
+    buffers = {
+        name: value for name, value in model.state_dict().items() if name not in dict(model.named_parameters(remove_duplicate=False))
+    }
+    served = how_served(task, method, use_dora=settings.get("use_dora", False))
+    with TemporaryDirectory() as folder:
+        how.save(model, given, {name: p.detach() for name, p in state.items()} | buffers, Path(folder))
+        processor.save_pretrained(folder)
+        save_file(
+            {**{name: t.contiguous() for name, t in batch.items()}, "logits": logits.contiguous() + shift},
+            Path(folder) / "golden.safetensors",
+        )
+        return _publish(
+            home,
+            base,
+            Path(folder),
+            name,
+            kind="full" if served == "whole" else "adapter",
+            method=method,
+            served=served,
+            task=task,
+            labels=head.labels,
+            problem_type=head.problem_type,
+            lineage=_lineage(seed),
+        )
+
+
+def batch_of(task: TaskName, rows: Sequence[Any], processor: Any) -> Batch:
+    """Rows as the model reads them, padded; classes count for nothing."""
+    doing = TASKS[task]
+    encoded = [made for row in doing.encode(rows, processor, max_length=1000) for made in _fine(row)]
+    counted = {"text-classification", "image-classification", "audio-classification"}
+    dealt = [{**vars(row), "labels": None} if task in counted else vars(row) for row in encoded]
+    return doing.collate(dealt, inputs=inputs_of(processor), packed=False)
+
+
+def load_plainly(home: Home, base: Path, manifest: AdapterManifest) -> Any:
+    """A published adapter on a base of its own, as its method loads it (or a whole model): what serving is compared with."""
+    doing, folder = TASKS[manifest.task], Registry(home).path(manifest.ref)
+    source = folder if manifest.kind == "full" else base
+    pad = inputs_of(doing.load_processor(base)).pad_token_id
+    model, _ = doing.load_model(source, head=Head(manifest.labels, manifest.problem_type), dtype=torch.float32, pad_token_id=pad)
+    return METHODS[manifest.method].load(model, folder).eval()
 
 
 def reload_peft(home: Home, base: Path, manifest: AdapterManifest, *, labels: list[str] | None = None) -> PeftModel:
@@ -104,6 +174,26 @@ def greedy_alone(model: Any, prompt: Sequence[int], *, tokens: int, end_ids: Seq
         )
     generated: list[int] = out[0, len(prompt) :].tolist()
     return generated
+
+
+def _publish(home: Home, base: Path, folder: Path, name: str, **said: Any) -> AdapterManifest:
+    identity = find_base_model(str(base), home=home).id
+    manifest = {"kind": "adapter", "method": "lora", "served": "mixed", "dtype": "float32", "metrics": {"eval_loss": 1.0}, **said}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def describe(version: int, files: dict[str, FileEntry]) -> AdapterManifest:
+        return AdapterManifest(name=name, version=version, base=identity, created_at=created, files=files, **manifest)
+
+    return Registry(home).publish(folder, name, describe=describe)
+
+
+def _lineage(seed: int) -> Lineage:
+    return Lineage(run_id=f"run-{seed}", data_digest="none", hone_version="0")
+
+
+def _fine(encoded: list[Encoded] | DataError) -> list[Encoded]:
+    assert not isinstance(encoded, DataError), encoded
+    return encoded
 
 
 def edit_config(folder: Path, **values: Any) -> None:

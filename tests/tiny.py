@@ -96,13 +96,13 @@ def make_bart(folder: Path, *, seed: int = 0) -> Path:
         encoder_ffn_dim=64,
         decoder_ffn_dim=64,
         max_position_embeddings=128,
-        dropout=0.0,
-        init_std=0.2,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
         decoder_start_token_id=tokenizer.eos_token_id,
-        forced_eos_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=None,
+        init_std=0.2,
+        dropout=0.0,
     )
     BartForConditionalGeneration(config).save_pretrained(folder)
     return folder
@@ -131,52 +131,44 @@ def make_t5(folder: Path, *, seed: int = 0) -> Path:
 
 
 def make_vit(folder: Path, *, seed: int = 0) -> Path:
-    """A random vision transformer of two layers, for pictures of 16 pixels a side."""
-    from transformers import ViTConfig, ViTModel
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+    """A random two-layer vision transformer of 32 by 32 pixels, without a head."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
+        image_size=32,
+        patch_size=8,
+        initializer_range=0.2,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
     )
-    model = ViTModel(config, add_pooling_layer=False)
-    model.config.architectures = ["ViTModel"]
-    model.save_pretrained(folder)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 
 def make_ast(folder: Path, *, seed: int = 0) -> Path:
-    """A random audio spectrogram transformer of two layers, for sounds of a third of a second."""
+    """A random two-layer audio spectrogram transformer of half a second, without a head."""
     from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 
-    ASTFeatureExtractor(num_mel_bins=32, max_length=32, sampling_rate=8000).save_pretrained(folder)
     torch.manual_seed(seed)
     config = ASTConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        patch_size=8,
-        frequency_stride=8,
-        time_stride=8,
-        max_length=32,
+        max_length=48,
         num_mel_bins=32,
+        initializer_range=0.2,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
     )
-    model = ASTModel(config)
-    model.config.architectures = ["ASTModel"]
-    model.save_pretrained(folder)
+    ASTModel(config).save_pretrained(folder)
+    ASTFeatureExtractor(max_length=48, num_mel_bins=32).save_pretrained(folder)
     return folder
 
 

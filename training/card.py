@@ -4,8 +4,8 @@ from typing import Any
 
 import yaml
 
-from hone.methods import METHODS
-from hone.tasks import TASKS
+from hone.methods import HOW_SERVED, Served, how_served
+from hone.tasks import curl
 from training.evaluation.figures import changed, estimated, spelled
 from training.evaluation.places import PLOTS, REPORT_FILE
 from training.evaluation.result import read_evaluation, verdict_of
@@ -13,18 +13,12 @@ from training.job import Job
 from training.metrics import read_metrics
 
 BARS = "▁▂▃▄▅▆▇█"
-BODIES = {
-    "/v1/chat/completions": '"messages": [{"role": "user", "content": "..."}]',
-    "/v1/completions": '"prompt": "..."',
-    "/v1/classify": '"input": "..."',
-}
-"""What stands in a request beside the model's name."""
 
 
 def card(job: Job, metrics: dict[str, float], *, created: str, trial: dict[str, Any] | None, folds: dict[str, Any] | None = None) -> str:
     """Markdown with the front matter that model hubs read."""
     recipe = job.recipe
-    whole = METHODS[recipe.method.type].served == "whole"
+    whole = _is_whole(job)
     front = {
         "library_name": "transformers" if whole else "hone" if recipe.method.type == "adapter" else "peft",
         "base_model": job.base_id.name if "/" in job.base_id.name and not job.base_id.name.startswith(("/", ".")) else None,
@@ -96,12 +90,19 @@ def _loss_line(job: Job, width: int = 48) -> str:
 
 
 def _how_to_call(job: Job) -> str:
-    name, route = job.recipe.name, TASKS[job.recipe.task].route
-    base = name if METHODS[job.recipe.method.type].served == "whole" else job.base_id.name
-    return (
-        f"```sh\nhone serve --base {base}\ncurl http://127.0.0.1:8000{route} -H 'content-type: application/json' "
-        f'-d \'{{"model": "{name}", {BODIES[route]}}}\'\n```'
-    )
+    name, task = job.recipe.name, job.recipe.task
+    base = name if _is_whole(job) else job.base_id.name
+    called = curl(task, name, url="http://127.0.0.1:8000")
+    return f"Served {HOW_SERVED[_served(job)]}.\n\n```sh\nhone serve --base {base}\n{called}\n```"
+
+
+def _is_whole(job: Job) -> bool:
+    return _served(job) == "whole"
+
+
+def _served(job: Job) -> Served:
+    method = job.recipe.method
+    return how_served(job.recipe.task, method.type, use_dora=getattr(method, "use_dora", False))
 
 
 def _lineage(job: Job, trial: dict[str, Any] | None) -> str:

@@ -52,13 +52,7 @@ class PeftMethod:
             return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
 
     def merge(self, model: Any) -> Any:
-        from peft.utils import ModulesToSaveWrapper
-
-        # First the heads: where a method does not merge them itself, PEFT takes each for one layer with a weight.
-        base = model.get_base_model()
-        for name, module in list(base.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):
-                base.set_submodule(name, module.modules_to_save[module.active_adapter])
+        _put_heads_in_place(model.get_base_model())
         return model.merge_and_unload()
 
 
@@ -74,3 +68,13 @@ def no_targets(model: Any, targets: Any) -> RecipeError:
     """What to say where nothing of the model is meant by the target modules."""
     what = f"method.target_modules {targets} match nothing" if targets else "this architecture has no layers that the method knows by name"
     return RecipeError(f"{what}; name some in method.target_modules. Its linear layers are {', '.join(linear_names(model))}")
+
+
+def _put_heads_in_place(model: Any) -> None:
+    """Put modules that were trained whole where they belong. PEFT's own unloading fails on those of several layers, such as RoBERTa's
+    classification head (https://github.com/huggingface/peft/pull/3213)."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[module.active_adapter])

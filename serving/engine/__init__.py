@@ -1,1 +1,2 @@
-"""The engine: one thread that owns the model, with generation and classification as its two kinds of work. Knows no HTTP and no Ray."""
+"""The engine: one thread that owns every model; it generates in one batch, classifies, and takes turns with models of their own. Knows no
+HTTP and no Ray."""

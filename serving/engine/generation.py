@@ -86,6 +86,12 @@ def make_chooser(*, temperature: float, top_p: float, seed: int | None, choice: 
     return Chooser(temperature, top_p, Random() if seed is None else Random(f"{seed}/{choice}"))
 
 
+def cancel(rows: Sequence[Row]) -> None:
+    """Forget rows, wherever they are; nothing more is emitted for them."""
+    for row in rows:
+        row.cancelled = True
+
+
 class Generation:
     """The running rows, in slots 0..n-1, and those that wait."""
 
@@ -115,11 +121,6 @@ class Generation:
             assert row.prompt, "a row starts from at least one token"
             assert len(row.prompt) + row.max_tokens <= self.max_context, "the caller checks the context"
         self._waiting.extend(rows)
-
-    def cancel(self, rows: Sequence[Row]) -> None:
-        """Forget rows, wherever they are; nothing more is emitted for them."""
-        for row in rows:
-            row.cancelled = True
 
     def step(self) -> bool:
         self._drop_cancelled()

@@ -119,7 +119,14 @@ class Mixer:
         """Wrap every linear layer of `model` in place."""
         self.plan: RowPlan | None = None
         self.shapes: dict[str, tuple[int, int]] = {}
+        self.wrap(model)
+
+    def wrap(self, model: nn.Module) -> None:
+        """Wrap every linear layer of a further model that is not wrapped yet; what it shares with the first is."""
+        wrapped = {module.base for module in model.modules() if isinstance(module, MixedLinear)}
         for name, module in list(model.named_modules()):
+            if module in wrapped:
+                continue
             if type(module) is nn.Linear:
                 self.shapes[name] = module.in_features, module.out_features
             elif type(module) is Conv1D:

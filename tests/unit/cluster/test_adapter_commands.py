@@ -18,6 +18,7 @@ def test_a_list_shows_versions_results_and_aliases(hone: Hone, published: Regist
     lines = hone("adapters", "list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["ADAPTER", "bot@1", "bot@2"]
     assert "eval_accuracy 0.5 (base 0.25)" in lines[1]
+    assert lines[1].split()[1:4] == ["chat", "lora", "mixed"]
     assert lines[1].rstrip().endswith("prod")
     assert "prod" not in lines[2]
 
@@ -34,6 +35,7 @@ def test_show_tells_of_one_version_and_its_files(hone: Hone, published: Registry
     shown = hone("adapters", "show", "bot").stdout
     assert "bot@2" in shown
     assert "some/base" in shown
+    assert "in one batch with other adapters of the base, at /v1/chat/completions" in shown
     assert "adapter_model.safetensors" in shown
     as_json = json.loads(hone("adapters", "show", "bot@1", "--json").stdout)
     assert as_json["metrics"] == {"eval_accuracy": 0.5, "base_eval_accuracy": 0.25}

@@ -1,6 +1,7 @@
 """Adapters of the tiny Llama and the tiny BERT, different in rank, targets and labels, published once."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hone.storage import Home
 from serving.base import Engine, load_engine
 from serving.loading import AdapterLoader
 from tests.serving_fixtures import publish, reload_peft
+from tests.unit.serving.rooms import CASES, WHOLE, Room, answering
 
 CHAT: dict[str, dict[str, Any]] = {
     "narrow": {"seed": 1, "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
@@ -69,7 +71,7 @@ def label_shelf(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 
 def start(shelf: Shelf, *, max_rows: int = 8) -> Engine:
     base = find_base_model(str(shelf.base), home=shelf.home)
-    return load_engine(base, name="tiny", labels=None, max_rows=max_rows, max_context=None)
+    return load_engine(base, max_rows=max_rows, max_context=None)
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +91,19 @@ def encoder(label_shelf: Shelf) -> Iterator[Engine]:
     engine = start(label_shelf)
     yield engine
     engine.thread.stop()
+
+
+@pytest.fixture(scope="session")
+def rooms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Room]]:
+    """One server for each base, of everything that is published for it."""
+    made = {}
+    with ExitStack() as closing:
+        for base in ("llama", "bert", "bart", "vit", "ast"):
+            folder = request.getfixturevalue(base)
+            home = Home(tmp_path_factory.mktemp(f"{base}-home"))
+            published = {case.name: case.publish(home, folder) for case in CASES.values() if case.base == base and case.method not in WHOLE}
+            made[base] = Room(home, folder, closing.enter_context(answering(home, str(folder))), published)
+        yield made
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.tiny import make_llama
 
 def catalog_of(home: Home, base: Path) -> Catalog:
     found = find_base_model(str(base), home=home)
-    return Catalog(Registry(home), BaseDescription(found.id, "chat", 256, 1))
+    return Catalog(Registry(home), BaseDescription(found.id, "chat", 256, 1, tasks=("chat",), mixed_tasks=("chat",)))
 
 
 @pytest.fixture

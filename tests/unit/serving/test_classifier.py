@@ -1,6 +1,5 @@
 """Rows of adapters with different heads in one batch, against PEFT one adapter at a time."""
 
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ import torch
 
 from hone.storage import Home
 from serving.base import Engine, Served
-from serving.engine.classifier import Text
+from serving.calls import Scores
 from serving.errors import AdapterRefusedError, EngineError
 from serving.loading import AdapterLoader
+from serving.reading import Reader, answer
 from tests.serving_fixtures import edit_config, publish, reload_peft
 from tests.unit.serving.conftest import LABELS, Shelf, start
 
@@ -19,9 +19,15 @@ TEXTS = ("the cat sat on a mat", "why", "seven small birds sang over green hills
 
 
 def classify(engine: Engine, work: list[tuple[Served, str]]) -> list[list[float]]:
-    texts = [Text(served.tokenizer(text)["input_ids"], served.weights, Future()) for served, text in work]
-    engine.thread.call(lambda: engine.classification.add(texts)).result()
-    return [text.result.result(timeout=20)[: len(served.labels)] for (served, _), text in zip(work, texts, strict=True)]
+    reader = Reader(engine.vocabulary)
+    questions = [reader.questions(served, [text])[0] for served, text in work]
+    engine.thread.call(lambda: engine.classification.add([question.asked for question in questions])).result()
+    found = []
+    for (served, _), question in zip(work, questions, strict=True):
+        scores = answer(served, question, question.asked.result.result(timeout=20))
+        assert isinstance(scores, Scores)
+        found.append(scores.probabilities)
+    return found
 
 
 def alone(model: Any, tokenizer: Any, text: str) -> list[float]:
@@ -35,9 +41,9 @@ def test_each_row_gets_its_own_adapters_head(label_shelf: Shelf, encoder: Engine
     served = {name: loader.load(manifest) for name, manifest in label_shelf.manifests.items()}
     work = [(name, text) for text in TEXTS for name in LABELS]
     answers = classify(encoder, [(served[name], text) for name, text in work])
-    for (name, text), answer in zip(work, answers, strict=True):
-        assert len(answer) == len(LABELS[name])
-        assert answer == pytest.approx(alone(label_shelf.peft[name], served[name].tokenizer, text), abs=1e-5)
+    for (name, text), got in zip(work, answers, strict=True):
+        assert len(got) == len(LABELS[name])
+        assert got == pytest.approx(alone(label_shelf.peft[name], served[name].processor, text), abs=1e-5)
 
 
 def test_an_encoder_without_a_trained_head_has_no_labels(encoder: Engine) -> None:
@@ -57,9 +63,9 @@ def test_a_causal_base_that_chats_classifies_too(llama: Path, home: Home) -> Non
         served = [loader.load(manifest) for manifest in manifests]
         work = [(n, text) for text in TEXTS for n in (0, 1)]
         answers = classify(engine, [(served[n], text) for n, text in work])
-        for (n, text), answer in zip(work, answers, strict=True):
+        for (n, text), got in zip(work, answers, strict=True):
             model = reload_peft(home, llama, manifests[n], labels=labels[: n + 2])
-            assert answer == pytest.approx(alone(model, served[n].tokenizer, text), abs=1e-5)
+            assert got == pytest.approx(alone(model, served[n].processor, text), abs=1e-5)
     finally:
         engine.thread.stop()
 
@@ -77,6 +83,7 @@ def test_a_head_that_is_not_there_or_not_the_bases_is_refused(label_shelf: Shelf
 
 def test_texts_that_wait_are_told_when_the_thread_ends(label_shelf: Shelf) -> None:
     engine = start(label_shelf)
+    served = AdapterLoader(label_shelf.registry, engine).load(label_shelf.manifests["tone"])
     engine.thread.stop()
     with pytest.raises(EngineError, match="stopping"):
-        classify(engine, [(engine.base, "too late")])
+        classify(engine, [(served, "too late")])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from serving.base import Engine, Served
-from serving.engine.generation import Ended, Event, Generation, Row, make_chooser
+from serving.engine.generation import Ended, Event, Generation, Row, cancel, make_chooser
 from serving.engine.lora import Stack, StackedRows
 from serving.engine.text import TextStream
 from serving.errors import EngineError
@@ -53,7 +53,7 @@ def row(
         prompt=prompt,
         adapter=served.weights,
         chooser=chooser,
-        text=TokenText(served.tokenizer, stop),
+        text=TokenText(served.processor, stop),
         end_ids=served.end_ids if ends else frozenset(),
         max_tokens=max_tokens,
         emit=Recorder().events.append,
@@ -80,8 +80,8 @@ def run(generation: Generation) -> None:
 @pytest.fixture
 def generation(engine: Engine) -> Generation:
     """A generation of the test's own, stepped by hand (the engine's thread is idle meanwhile)."""
-    assert engine.decoder is not None
-    return Generation(engine.decoder, max_rows=4, max_context=engine.max_context)
+    assert engine.parts.decoder is not None
+    return Generation(engine.parts.decoder, max_rows=4, max_context=engine.max_context)
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +179,7 @@ def test_a_cancelled_row_leaves_its_slot_and_the_others_go_on(
     with torch.inference_mode():
         generation.step()
         assert (generation.running, generation.waiting) == (4, 1)
-        generation.cancel([rows[1]])
+        cancel([rows[1]])
         before = len(heard.events)
         generation.step()
         assert (generation.running, generation.waiting) == (4, 0)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from serving.engine.generation import FAILURES_AT_MOST, Event, Generation, Row, make_chooser
+from serving.engine.alone import AT_ONCE, Alone
+from serving.engine.generation import FAILURES_AT_MOST, Event, Generation, Row, cancel, make_chooser
 from serving.engine.text import TextStream
 from serving.engine.thread import ModelThread
 from serving.errors import EngineError
@@ -83,3 +84,35 @@ def test_one_failing_batch_does_not_end_the_thread() -> None:
     assert thread.call(lambda: generation.running).result(timeout=5) == 0
     assert thread.failure is None
     thread.stop()
+
+
+class LostModel:
+    """A model of its own whose GPU is gone."""
+
+    def get_base_model(self) -> Any:
+        raise RuntimeError("device lost")
+
+    config = property(get_base_model)
+
+
+def test_an_answer_of_a_model_of_its_own_that_fails_is_told_and_leaves() -> None:
+    alone = Alone(torch.device("cpu"))
+    heard: deque[Event] = deque()
+    alone.add(LostModel(), [row(heard.append) for _ in range(FAILURES_AT_MOST - 1)])
+    assert not alone.step()
+    assert [type(event) for event in heard] == [EngineError] * (FAILURES_AT_MOST - 1)
+    alone.add(LostModel(), [row(heard.append)])
+    with pytest.raises(RuntimeError, match="device lost"):
+        alone.step()
+    assert (alone.running, alone.waiting) == (0, 0)
+
+
+def test_a_cancelled_answer_of_a_model_of_its_own_is_forgotten() -> None:
+    alone = Alone(torch.device("cpu"))
+    heard: deque[Event] = deque()
+    rows = [row(heard.append) for _ in range(AT_ONCE + 1)]
+    alone.add(LostModel(), rows)
+    assert alone.waiting == AT_ONCE + 1
+    cancel(rows)
+    assert not alone.step()
+    assert (alone.running, alone.waiting, list(heard)) == (0, 0, [])

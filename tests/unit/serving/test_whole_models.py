@@ -12,7 +12,7 @@ from hone.chat import encode_prompt, end_of_turn_ids, ensure_template
 from hone.manifest import AdapterManifest, FileEntry, Lineage
 from hone.registry import Registry
 from hone.storage import Home
-from serving.calls import ChatCall, Classified, ClassifyCall, Piece, Sampling, Started
+from serving.calls import ChatCall, Classified, ClassifyCall, Piece, Sampling, Scores, Started
 from serving.replica import Replica
 from tests.serving_fixtures import greedy_alone
 
@@ -58,10 +58,11 @@ async def test_a_whole_classifier_answers_with_its_own_head(bert: Path, home: Ho
         replica.stop()
     assert isinstance(answer, Classified)
     assert (answer.served, answer.labels) == ("whole@1", tuple(LABELS))
-    for text, row in zip(TEXTS, answer.probabilities, strict=True):
+    for text, row in zip(TEXTS, answer.answers, strict=True):
         with torch.no_grad():
             expected = model.eval()(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
-        assert row == pytest.approx(expected.tolist(), abs=1e-5)
+        assert isinstance(row, Scores)
+        assert row.probabilities == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.anyio
