@@ -19,7 +19,7 @@ from benchmarks.word_problems import conversations, find_data
 from hone.recipe import parse_recipe
 from hone.storage import Home
 
-ROWS, VALIDATION_ROWS, REPLAYED = 2000, 300, 0.25
+ROWS, VALIDATION_ROWS, REPLAYED = 1200, 200, 0.25
 VARIANTS: dict[str, dict[str, Any]] = {
     "no guard": {"data": {"retain_fraction": 0.0}},
     "replay": {"data": {"retain_fraction": REPLAYED}},
@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA, replay": {"data": {"retain_fraction": REPLAYED}, "method": {"type": "lora", "r": 16}, "optim": {"learning_rate": 2e-3}},
 }
 MEASURED = ("eval_loss", "retain_loss", "retain_loss_increase", "retain_kl")
-PRETRAINING_STEPS, PRETRAINING_ROWS, PRETRAINING_LENGTH = 700, 24, 128
+PRETRAINING_STEPS, PRETRAINING_ROWS, PRETRAINING_LENGTH = 500, 16, 128
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ def _write_rows(scratch: Path) -> dict[str, Path]:
 
 
 def _make_base(folder: Path, rows: Path) -> float:
-    """A Llama of 2.6 M parameters that has read these rows; its last loss."""
+    """A Llama of 0.9 M parameters that has read these rows; its last loss."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -129,11 +129,11 @@ def _make_base(folder: Path, rows: Path) -> float:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(fast),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
