@@ -18,7 +18,7 @@ from hone.recipe import parse_override
 MAX_BYTES = 100 * 2**20
 """ray.dashboard's DASHBOARD_CLIENT_MAX_SIZE: a larger upload is refused with 413."""
 LEFT_OUT = frozenset({".git", ".hone", ".venv", "venv", "node_modules", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
-PATH_KEYS = ("data.train", "data.validation", "base")
+PATH_KEYS = ("data.train", "data.validation", "data.retain", "base")
 
 
 def pack(folder: Path, archive: Path, *, home: Path, limit: int = MAX_BYTES) -> list[Path]:
@@ -69,8 +69,8 @@ def check_paths_travel(recipe: Path, overrides: Sequence[str], folder: Path) -> 
 
 def _paths(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Every path that the recipe names, with its key."""
-    for key in PATH_KEYS:
-        value = values.get(key)
+    mixed = [(f"data.mix[{n}].source", each.get("source")) for n, each in enumerate(values.get("data.mix") or []) if isinstance(each, dict)]
+    for key, value in [*((key, values.get(key)) for key in PATH_KEYS), *mixed]:
         yield from ((key, path) for path in (value if isinstance(value, list) else [value]) if isinstance(path, str))
 
 

@@ -70,7 +70,7 @@ def make_run(folder: Path, recipe: Recipe, home: Home, *, moved: float = 0.02) -
         resources_per_worker={"CPU": 1},
     )
     job.save()
-    model, method, task = build_model(job, dtype=torch.float32, sharded=False).eval(), METHODS[recipe.method.type], TASKS[recipe.task]
+    model, method, task = build_model(job, dtype=torch.float32, sharded=False)[0].eval(), METHODS[recipe.method.type], TASKS[recipe.task]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

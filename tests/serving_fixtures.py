@@ -101,7 +101,7 @@ def publish_trained(
     processor = doing.load_processor(base)
     torch.manual_seed(seed)
     model, _ = doing.load_model(base, head=head, dtype=torch.float32, pad_token_id=inputs_of(processor).pad_token_id)
-    model = how.apply(model, given, Applying(doing)).eval()
+    model = how.apply(model, given, Applying(doing, doing.head_modules(model))).eval()
     state = {name: parameter for name, parameter in model.named_parameters() if how.trained(name, parameter)}
     with torch.no_grad():
         for parameter in state.values():

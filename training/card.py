@@ -54,7 +54,9 @@ def _folds_table(folds: dict[str, Any]) -> str:
     ]
     head = ["| | mean | 95% interval | deviation |", "| --- | --- | --- | --- |"]
     about = f"By {folds['k']}-fold cross-validation; the weights are those of a training on all rows afterwards."
-    return "\n".join([about, "", *head, *rows])
+    pooled = [f"| {m['name']} | {m['tuned']['value']:.4f} | {m['tuned']['low']:.4f} to {m['tuned']['high']:.4f} |" for m in folds["pooled"]]
+    rows_said = f"All {folds['pooled_rows']:,} rows together, each by the fold that had not seen it:"
+    return "\n".join([about, "", *head, *rows, "", rows_said, "", "| | value | 95% interval |", "| --- | --- | --- |", *pooled])
 
 
 def _reported(job: Job) -> list[str]:

@@ -2,24 +2,34 @@
 
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
 
 from hone.errors import RecipeError, RunFailedError
+from hone.metrics import metrics_of
 from hone.recipe import Recipe, with_overrides
 from hone.storage import Home, write_text
+from training.evaluation.bootstrap import Bootstrap
+from training.evaluation.evaluate import estimated
+from training.evaluation.metrics import measures
+from training.evaluation.places import PREDICTIONS_FILE
+from training.evaluation.result import Metric
+from training.evaluation.table import read_predictions
 from training.job import Job
 from training.launch import final_metrics, prepare_job
 from training.metrics import read_metrics
 from training.progress import DataProgress, RunProgress
+from training.publish import check_export
 from training.trials import labels, read_trials, run_trials
 
 FOLDS_FILE = "folds.json"
 CONFIDENCE = 0.95
+NOT_POOLED = {"chosen_likelier"}
+"""What the tables of predictions do not hold enough for."""
 
 
 class Spread(BaseModel):
@@ -39,8 +49,10 @@ class Folds(BaseModel):
 
     k: int
     metrics: dict[str, Spread]
-    pooled: dict[str, Any] = {}
-    """The metrics of the task on the predictions of all folds together, each row by the fold that had not seen it."""
+    pooled: list[Metric] = []
+    """The metrics of the task on the predictions of all folds together, each row by the model that had not seen it, with 95% intervals
+    over resamples of the rows."""
+    pooled_rows: int = 0
     steps: int
     """Steps that the training on everything takes."""
 
@@ -77,7 +89,9 @@ def cross_validate(recipe: Recipe, k: int, *, home: Home, run_id: str, console: 
     if len(done) < k:
         raise RunFailedError(f"{k - len(done)} of {k} folds did not finish; their reasons are in {folder}/trials/*/failure.json")
     steps = _steps_on_everything(recipe, done, k)
-    folds = Folds(k=k, metrics=_spreads([final_metrics(path) for path in done]), pooled=_pooled(done), steps=steps)
+    console.print(f"{k} folds trained; evaluating each on the rows that it has not seen", highlight=False)
+    pooled, rows = _pooled(done, seed=recipe.train.seed)
+    folds = Folds(k=k, metrics=_spreads([final_metrics(path) for path in done]), pooled=pooled, pooled_rows=rows, steps=steps)
     write_text(folder / FOLDS_FILE, folds.model_dump_json(indent=2) + "\n")
     return CrossValidated(folds, _on_everything(recipe, steps))
 
@@ -87,6 +101,13 @@ def say(folds: Folds, console: Console) -> None:
     for name, spread in folds.metrics.items():
         console.print(
             f"{folds.k} folds: {name} {spread.mean:.4f} (95% from {spread.low:.4f} to {spread.high:.4f}, deviation {spread.deviation:.4f})",
+            highlight=False,
+        )
+    for metric in folds.pooled:
+        value = metric.tuned
+        console.print(
+            f"all {folds.pooled_rows:,} rows, each by the fold that had not seen it: {metric.name} {value.value:.4f} "
+            f"(95% from {value.low:.4f} to {value.high:.4f})",
             highlight=False,
         )
 
@@ -120,6 +141,17 @@ def _spread(values: list[float]) -> Spread:
     return Spread(mean=mean, deviation=deviation, low=mean - reach, high=mean + reach, values=values)
 
 
-def _pooled(folders: list[Path]) -> dict[str, Any]:
-    """Filled in by the evaluation of each fold's validation rows."""
-    return {"rows": sum(Job.load(folder).data.validation_rows for folder in folders)}
+def _pooled(folders: list[Path], *, seed: int) -> tuple[list[Metric], int]:
+    """The metrics of all folds' predictions together, and how many rows those are.
+
+    Raises:
+        RunFailedError: a fold's weights could not be evaluated.
+    """
+    jobs = [Job.load(folder) for folder in folders]
+    with ThreadPoolExecutor(len(jobs)) as pool:  # each waits for a task of Ray's
+        notes = [note for note in pool.map(check_export, jobs) if note]
+    if notes:
+        raise RunFailedError(f"a fold could not be evaluated: {notes[0]}")
+    predicted = read_predictions([folder / PREDICTIONS_FILE for folder in folders])
+    names = [name for name in metrics_of(jobs[0].recipe.task, jobs[0].data.problem_type) if name not in NOT_POOLED]
+    return estimated(measures(predicted, names), {}, Bootstrap(len(predicted), seed=seed)), len(predicted)

@@ -138,6 +138,8 @@ def final_metrics(folder: Path) -> dict[str, float]:
     for line in lines:
         if published is None or line["step"] <= published:
             last |= {name: value for name, value in line.items() if not isinstance(value, str)}
+    if published is not None:
+        last["published_step"] = published
     before: dict[str, float] = next((line for line in lines if line["step"] == 0 and MEASURED & line.keys()), {})
     return {**last, **{f"base_{name}": value for name, value in before.items() if name.startswith(("eval_", "retain_"))}}
 

@@ -29,8 +29,8 @@ def choose_dtype(recipe: Recipe, *, use_gpu: bool) -> torch.dtype:
     return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
 
-def build_model(job: Job, *, dtype: torch.dtype, sharded: bool, rank: int = 0) -> Any:
-    """Base model plus method, identical on every rank and at every ZeRO stage.
+def build_model(job: Job, *, dtype: torch.dtype, sharded: bool, rank: int = 0) -> tuple[Any, list[str]]:
+    """Base model plus method, identical on every rank and at every ZeRO stage, and the names of the modules that start fresh.
 
     Args:
         job: What to build.
@@ -39,12 +39,14 @@ def build_model(job: Job, *, dtype: torch.dtype, sharded: bool, rank: int = 0) -
         rank: Which of the workers this is.
     """
     recipe, task = job.recipe, TASKS[job.recipe.task]
-    model = load_base(job, dtype=dtype, sharded=sharded, options=quantisation(recipe.method))
+    model, fresh = load_base(job, dtype=dtype, sharded=sharded, options=quantisation(recipe.method))
+    heads = task.head_modules(model, fresh)
     if recipe.train.dropout is not None:
         _set_dropout(model, recipe.train.dropout)
     torch.manual_seed(recipe.train.seed)
     how = Applying(
         task,
+        heads,
         gather=partial(gathered, sharded=sharded),
         write=partial(gathered, sharded=sharded, modifier_rank=0),
         folder=job.folder,
@@ -54,15 +56,15 @@ def build_model(job: Job, *, dtype: torch.dtype, sharded: bool, rank: int = 0) -
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    return model
+    return model, heads
 
 
-def load_base(job: Job, *, dtype: torch.dtype, sharded: bool = False, options: dict[str, Any] | None = None) -> Any:
-    """The base as training begins with it: its own weights, and a fresh head from the recipe's seed."""
+def load_base(job: Job, *, dtype: torch.dtype, sharded: bool = False, options: dict[str, Any] | None = None) -> tuple[Any, set[str]]:
+    """The base as training begins with it, and the parameters that its folder does not have, which are drawn from the recipe's seed."""
     task = TASKS[job.recipe.task]
     model, fresh = task.load_model(job.base_folder, head=job.head, dtype=dtype, pad_token_id=job.data.pad_token_id, options=options)
     _start_fresh_weights(model, fresh, seed=job.recipe.train.seed, sharded=sharded)
-    return model
+    return model, fresh
 
 
 def load_trained(job: Job, folder: Path, *, dtype: torch.dtype) -> Any:
@@ -105,7 +107,7 @@ def check_model(recipe: Recipe, base: BaseModel, *, head: Head) -> None:
             model = task.model_class().from_config(config)
     except (ValueError, KeyError) as error:
         raise BaseModelError(f"{base.id.name}: cannot do task {recipe.task} ({str(error).splitlines()[0][:200]})") from None
-    METHODS[recipe.method.type].apply(model, recipe.method, Applying(task))
+    METHODS[recipe.method.type].apply(model, recipe.method, Applying(task, task.head_modules(model)))
 
 
 def gathered(parameters: Iterable[torch.nn.Parameter], *, sharded: bool, modifier_rank: int | None = None) -> AbstractContextManager[Any]:

@@ -71,17 +71,17 @@ def start(job: Job, worker: Worker) -> Started:
     plan = batch_plan(recipe, job.data.sources)
     config = deepspeed_config(recipe, dtype=dtype)
     with sharded_loading(config):
-        model = build_model(job, dtype=dtype, sharded=recipe.zero.stage == 3, rank=worker.rank)
+        model, heads = build_model(job, dtype=dtype, sharded=recipe.zero.stage == 3, rank=worker.rank)
     packed = choose_packing(model, task, recipe.train)
     inputs = inputs_of(job)
     batcher = Batcher(task, recipe.train, worker, packed=packed, inputs=inputs, device=device)
     keeps_base = METHOD_FACTS[recipe.method.type].keeps_base
     reference = None
     if recipe.guard.kl_penalty and not keeps_base:
-        reference = load_base(job, dtype=dtype).to(device).eval().requires_grad_(False)
+        reference = load_base(job, dtype=dtype)[0].to(device).eval().requires_grad_(False)
         if packed:
             choose_packing(reference, task, recipe.train)
-    optimizer, groups = make_optimizer(model, recipe, heads=task.head_modules(_plain(model)), steps_per_epoch=plan.steps_per_epoch)
+    optimizer, groups = make_optimizer(model, recipe, heads=heads, steps_per_epoch=plan.steps_per_epoch)
     module = TaskModule(model, task, method, train=recipe.train, beta=recipe.preference.beta, reference=reference)
     engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
 
@@ -128,7 +128,3 @@ def inputs_of(job: Job) -> Inputs:
     task = TASKS[job.recipe.task]
     reads_tokens = task.unit == "tokens"
     return Inputs(job.data.pad_token_id, None if reads_tokens else task.load_processor(job.base_folder))
-
-
-def _plain(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

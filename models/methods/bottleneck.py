@@ -63,7 +63,7 @@ class Adapter:
     name: ClassVar[str] = "adapter"
 
     def apply(self, model: Any, settings: AdapterMethod, how: Applying) -> Any:
-        heads = how.task.head_modules(model) or []
+        heads = list(how.heads)
         names = _targets(model, settings)
         model.requires_grad_(False)
         _insert(model, names, settings)
@@ -130,4 +130,4 @@ def _targets(model: Any, settings: AdapterMethod) -> list[str]:
 
 
 def _is_learnt(name: str, heads: list[str]) -> bool:
-    return ".down." in name or ".up." in name or name.split(".", 1)[0] in heads
+    return ".down." in name or ".up." in name or name.startswith(tuple(f"{head}." for head in heads))

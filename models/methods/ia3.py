@@ -24,5 +24,5 @@ class Ia3(PeftMethod):
             task_type=how.task.peft_task_type,
             target_modules=[*outputs, *feedforward],
             feedforward_modules=feedforward,
-            modules_to_save=how.task.head_modules(model),
+            modules_to_save=list(how.heads) or None,
         )

@@ -23,10 +23,10 @@ class Lora(PeftMethod):
 
     name: ClassVar[str] = "lora"
 
-    def config(self, model: Any, settings: LoraMethod, how: Applying) -> Any:
+    def config(self, model: Any, settings: LoraMethod, how: Applying) -> Any:  # noqa: ARG002 - the protocol's signature
         from peft import LoraConfig
 
-        heads = how.task.head_modules(model)
+        heads = list(how.heads) or None
         return LoraConfig(
             task_type=how.task.peft_task_type,
             r=settings.r,

@@ -1,6 +1,6 @@
 """What a method is: how it changes a model before training, how the base is had back, and how what it learnt is saved and loaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ class Applying:
     """What a method may need to know when it is applied."""
 
     task: Task
+    heads: Sequence[str] = ()
+    """Names of the modules that start fresh: they train too, and are saved whole."""
     gather: Gather = all_here
     """A block in which ZeRO-3's parameters are whole on every rank, for reading."""
     write: Gather = all_here

@@ -17,14 +17,22 @@ class Prompt(PeftMethod):
 
     name: ClassVar[str] = "prompt"
 
-    def config(self, model: Any, settings: PromptMethod, how: Applying) -> Any:
+    def config(self, model: Any, settings: PromptMethod, how: Applying) -> Any:  # noqa: ARG002 - the protocol's signature
         from peft import PromptTuningConfig
 
         return PromptTuningConfig(
             task_type=how.task.peft_task_type,
             num_virtual_tokens=settings.num_virtual_tokens,
-            **_heads(model, how),
+            **_heads(how),
         )
+
+    def apply(self, model: Any, settings: Any, how: Applying) -> Any:
+        if how.task.peft_task_type == "SEQ_CLS" and "score" in how.heads:
+            raise RecipeError(
+                f"method {self.name} does not go with classification by a causal language model: transformers finds where a row ends by "
+                "its padding tokens, which learnt vectors hide; use lora, ia3 or adapter, or an encoder"
+            )
+        return super().apply(model, settings, how)
 
     @contextmanager
     def off(self, model: Any) -> Iterator[None]:
@@ -55,10 +63,10 @@ class Prefix(Prompt):
 
     name: ClassVar[str] = "prefix"
 
-    def config(self, model: Any, settings: PrefixMethod | PromptMethod, how: Applying) -> Any:
+    def config(self, model: Any, settings: PrefixMethod | PromptMethod, how: Applying) -> Any:  # noqa: ARG002 - the protocol's signature
         from peft import PrefixTuningConfig
 
-        return PrefixTuningConfig(task_type=how.task.peft_task_type, num_virtual_tokens=settings.num_virtual_tokens, **_heads(model, how))
+        return PrefixTuningConfig(task_type=how.task.peft_task_type, num_virtual_tokens=settings.num_virtual_tokens, **_heads(how))
 
     def apply(self, model: Any, settings: Any, how: Applying) -> Any:
         if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
@@ -66,6 +74,5 @@ class Prefix(Prompt):
         return super().apply(model, settings, how)
 
 
-def _heads(model: Any, how: Applying) -> dict[str, Any]:
-    heads = how.task.head_modules(model)
-    return {"modules_to_save": heads} if heads else {}
+def _heads(how: Applying) -> dict[str, Any]:
+    return {"modules_to_save": list(how.heads)} if how.heads else {}

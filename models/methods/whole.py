@@ -45,15 +45,14 @@ class Freeze(Full):
         heights = depths(model)
         wanted = settings.freeze_layers
         stay = wanted if isinstance(wanted, int) else round(wanted * heights.layers)
-        heads = how.task.head_modules(model) or []
         if stay > heights.layers:
             raise RecipeError(f"method.freeze_layers {stay}: the base has {heights.layers} layers")
-        if stay == heights.layers and not heads:
+        if stay == heights.layers and not how.heads:
             raise RecipeError(
                 f"method.freeze_layers {stay} would leave nothing to train: the base has {heights.layers} layers and no new head"
             )
         for name, parameter in model.named_parameters():
             height = heights.of(name)
             is_frozen = settings.freeze_embeddings if height == 0 else height <= stay
-            parameter.requires_grad_(not is_frozen or name.split(".", 1)[0] in heads)
+            parameter.requires_grad_(not is_frozen or name.startswith(tuple(f"{head}." for head in how.heads)))
         return model

@@ -1,6 +1,6 @@
 """What the tasks of causal language models share: batches, packed or padded, and the loss at the targets alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,8 +51,8 @@ class CausalTask:
     ) -> tuple[Any, set[str]]:
         return self.model_class().from_pretrained(folder, dtype=dtype, use_safetensors=True, **(options or {})), set()
 
-    def head_modules(self, model: Any) -> list[str] | None:  # noqa: ARG002
-        return None
+    def head_modules(self, model: Any, fresh: Collection[str] = ()) -> list[str]:  # noqa: ARG002
+        return []
 
     def nothing(self, inputs: Inputs) -> TokenRow:
         return {"input_ids": [inputs.pad_token_id] * 2, "labels": [IGNORED] * 2}

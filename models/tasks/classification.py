@@ -1,7 +1,7 @@
 """What the tasks that name classes (or a number) share: the head, the loss and what is right."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,8 +68,10 @@ class ClassificationTask:
         fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         return model, fresh if _answers_alike(folder, head) else fresh | self._head_parameters(model)
 
-    def head_modules(self, model: Any) -> list[str] | None:
-        return [name for name, _ in model.named_children() if name in HEADS]
+    def head_modules(self, model: Any, fresh: Collection[str] = ()) -> list[str]:
+        heads = [name for name, _ in model.named_children() if name in HEADS]
+        others = {name.rpartition(".")[0] for name in fresh if name.split(".", 1)[0] not in heads}  # a pooler that the folder lacks
+        return [*heads, *sorted(others)]
 
     def _head_parameters(self, model: Any) -> set[str]:
         return {name for name, _ in model.named_parameters() if name.split(".", 1)[0] in HEADS}

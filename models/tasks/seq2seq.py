@@ -1,6 +1,6 @@
 """`seq2seq`: an encoder-decoder writes one text from another: summaries, translation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,8 +59,8 @@ class Seq2Seq:
     ) -> tuple[Any, set[str]]:
         return self.model_class().from_pretrained(folder, dtype=dtype, use_safetensors=True, **(options or {})), set()
 
-    def head_modules(self, model: Any) -> list[str] | None:  # noqa: ARG002
-        return None
+    def head_modules(self, model: Any, fresh: Collection[str] = ()) -> list[str]:  # noqa: ARG002
+        return []
 
     def nothing(self, inputs: Inputs) -> TokenRow:
         return {"input_ids": [inputs.pad_token_id] * 2, "labels": [IGNORED] * 2}

@@ -1,6 +1,6 @@
 """What a task is, and the padding that all of them share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,8 +134,13 @@ class Task(Protocol):
     ) -> tuple[Any, set[str]]:
         """The base as a transformers model, and the names of parameters that the folder does not have (a new head)."""
 
-    def head_modules(self, model: Any) -> list[str] | None:
-        """Names of the modules that start fresh, and so train and are saved whole beside an adapter's weights."""
+    def head_modules(self, model: Any, fresh: Collection[str] = ()) -> list[str]:
+        """Names of the modules that start fresh, and so train and are saved whole beside an adapter's weights.
+
+        Args:
+            model: The base.
+            fresh: The parameters that its folder does not have, as `load_model` names them.
+        """
 
     def nothing(self, inputs: Inputs) -> TokenRow:
         """A row that counts for nothing."""

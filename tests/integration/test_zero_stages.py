@@ -67,8 +67,8 @@ def plain_losses(job: Job) -> list[float]:
     chosen = job.recipe
     rows, task = TokenRows(job.data, "train"), TASKS[chosen.task]
     plan = batch_plan(chosen, job.data.sources)
-    model = build_model(job, dtype=torch.float32, sharded=False).train()
-    heads = task.head_modules(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    model, heads = build_model(job, dtype=torch.float32, sharded=False)
+    model.train()
     optimizer, groups = make_optimizer(model, chosen, heads=heads, steps_per_epoch=plan.steps_per_epoch)
     losses = []
     for step in range(plan.total_steps):

@@ -173,13 +173,13 @@ class _Evaluating:
     def _metrics(self, tuned: Predicted, base: Predicted | None, lacks: Sequence[str]) -> list[Metric]:
         names = [name for name in self._wanted if not METRICS[name].generates]
         of_base = {m.name: m for m in measures(base, [n for n in names if n not in lacks])} if base else {}
-        return _estimated(measures(tuned, names), of_base, Bootstrap(len(tuned), seed=self._options.seed))
+        return estimated(measures(tuned, names), of_base, Bootstrap(len(tuned), seed=self._options.seed))
 
     def _written_metrics(self, written: Sequence[Written], base: Sequence[Written]) -> list[Metric]:
         if not written:
             return []
         of_base = {m.name: m for m in written_measures(base, self._wanted)} if base else {}
-        return _estimated(written_measures(written, self._wanted), of_base, Bootstrap(len(written), seed=self._options.seed))
+        return estimated(written_measures(written, self._wanted), of_base, Bootstrap(len(written), seed=self._options.seed))
 
     def _of_classes(self, tuned: Predicted, base: Predicted | None) -> dict[str, Any]:
         labels = self._trained.head.labels
@@ -210,7 +210,8 @@ def _drawn(count: int, wanted: int | None, seed: int) -> Rows:
     return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
-def _estimated(tuned: Iterable[Measure], base: dict[str, Measure], bootstrap: Bootstrap) -> list[Metric]:
+def estimated(tuned: Iterable[Measure], base: dict[str, Measure], bootstrap: Bootstrap) -> list[Metric]:
+    """Metrics with their intervals, beside those of what the model is compared with."""
     made = []
     for measure in tuned:
         values, before = bootstrap.values(measure.columns, measure.of_sums), base.get(measure.name)

@@ -12,6 +12,8 @@ The metadata of the schema names `task`, `problem_type` and `labels`, in whose o
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from models.tasks import TASKS
 from training.evaluation.evaluate import Found
-from training.evaluation.predict import Predicted
+from training.evaluation.predict import Predicted, kind_of
 
 
 def write_predictions(found: Found, labels: list[str] | None, path: Path) -> None:
@@ -36,6 +39,53 @@ def write_predictions(found: Found, labels: list[str] | None, path: Path) -> Non
     }
     about = {"task": found.evaluation.task, "problem_type": found.evaluation.problem_type or "", "labels": json.dumps(labels)}
     parquet.write_table(pa.table(columns).replace_schema_metadata(about), path)
+
+
+def read_predictions(paths: Sequence[Path]) -> Predicted:
+    """What several tables hold together: each row by the model that wrote it, as a cross-validation pools its folds.
+
+    Raises:
+        ValueError: the tables are not of one task with the same classes.
+    """
+    tables = [parquet.read_table(path) for path in paths]
+    about = tables[0].schema.metadata
+    if any(table.schema.metadata != about for table in tables):
+        raise ValueError("these predictions are not of one task with the same classes")
+    whole, labels = pa.concat_tables(tables), json.loads(about[b"labels"])
+    held = {name: np.asarray(whole.column(name).to_pylist(), dtype=np.float64) for name in ("loss", "targets", "right")}
+    n_targets = held["targets"].astype(np.int64)
+    columns = {name: whole.column(name).to_pylist() for name in ("wanted", "answer", "probabilities") if name in whole.column_names}
+    kind = kind_of(TASKS[about[b"task"].decode()], about[b"problem_type"].decode() or None)
+    made = Predicted(
+        kind=kind,
+        loss=held["loss"],
+        n_targets=n_targets,
+        right=held["right"].astype(np.int64),
+        row_of=np.arange(len(whole)),
+        targets=np.empty(0),
+        answers=np.empty(0),
+        probabilities=np.empty((0, 0), dtype=np.float32),
+        likelihoods=np.empty((0, 2)),
+    )
+    if kind == "pairs":
+        return replace(made, answers=np.array(columns["answer"]))
+    if kind == "number":
+        return replace(made, targets=np.array(columns["wanted"]), answers=np.array(columns["answer"]))
+    if labels is None:
+        return made
+    places = {label: n for n, label in enumerate(labels)}
+    if kind == "many":
+        sides = [np.array([[label in row for label in labels] for row in columns[name]], dtype=np.int64) for name, _ in _SIDES]
+        return replace(made, targets=sides[0], answers=sides[1], probabilities=np.array(columns["probabilities"], dtype=np.float32))
+    of_words = about[b"task"].decode() == "token-classification"
+    flat = {name: [label for row in columns[name] for label in (row if of_words else [row])] for name, _ in _SIDES}
+    return replace(
+        made,
+        row_of=np.repeat(np.arange(len(whole)), n_targets) if of_words else made.row_of,
+        targets=np.array([places[label] for label in flat["wanted"]]),
+        answers=np.array([places[label] for label in flat["answer"]]),
+        probabilities=np.concatenate([np.array(row, dtype=np.float32) for row in columns["probabilities"]]).reshape(-1, len(labels)),
+    )
 
 
 def _answers(tuned: Predicted, labels: list[str] | None, *, of_words: bool) -> dict[str, Any]:

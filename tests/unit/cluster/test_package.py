@@ -49,6 +49,8 @@ def test_paths_inside_travel_absolute_ones_stay_and_others_are_refused(tmp_path:
     with pytest.raises(RecipeError, match=r"base: \.\./base leads out of .*--working-dir"):
         check_paths_travel(recipe, ["base=../base"], recipe.parent)
     assert check_paths_travel(recipe, ["base=../base", "data.validation=v.jsonl"], tmp_path) == []
+    recipe.write_text("name: a\ntask: chat\nbase: o/m\ndata: {train: t.jsonl, retain: /mnt/r, mix: [{source: [/mnt/a, b.jsonl]}]}\n")
+    assert check_paths_travel(recipe, [], recipe.parent) == ["data.retain /mnt/r", "data.mix[0].source /mnt/a"]
 
 
 def test_the_command_line_has_one_word_for_each_argument() -> None:

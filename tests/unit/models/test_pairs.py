@@ -87,9 +87,8 @@ def jobs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ca
 def learn(job: Job) -> tuple[Any, list[float], dict[str, torch.Tensor]]:
     """The trained model, its losses, and a batch of golden rows."""
     task, method = TASKS[job.recipe.task], METHODS[job.recipe.method.type]
-    model = build_model(job, dtype=torch.float32, sharded=False)
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    optimizer, groups = make_optimizer(model, job.recipe, heads=task.head_modules(plain), steps_per_epoch=STEPS)
+    model, heads = build_model(job, dtype=torch.float32, sharded=False)
+    optimizer, groups = make_optimizer(model, job.recipe, heads=heads, steps_per_epoch=STEPS)
     rows, inputs = TokenRows(job.data, "train"), inputs_of(job)
     options = LossOptions(base=lambda: method.off(model) if METHOD_FACTS[job.recipe.method.type].keeps_base else nullcontext())
     batch, losses = task.collate(rows.take(np.arange(len(rows))), inputs=inputs, packed=False), []
@@ -113,6 +112,28 @@ def test_it_learns_and_what_is_saved_answers_alike(jobs: Callable[..., Job], tas
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_classifier_learns_any_number_of_classes_or_a_number(jobs: Callable[..., Job], method: str, sample: Any) -> None:
     check(jobs("text-classification", method, {}, sample))
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "ia3", "prefix"])
+def test_what_else_the_base_lacks_is_learnt_and_saved_like_the_head(
+    jobs: Callable[..., Job], bases: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    """A base that was saved without its pooler, as masked language models are."""
+    from safetensors.torch import load_file, save_file
+
+    job = jobs("text-classification", method, {})
+    shutil.copytree(bases["bert"], tmp_path / "bert")
+    weights = load_file(tmp_path / "bert" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    check(job.model_copy(update={"base_folder": tmp_path / "bert"}))
+
+
+def test_prompts_do_not_go_with_a_decoder_that_classifies(jobs: Callable[..., Job], bases: dict[str, Path]) -> None:
+    job = jobs("text-classification", "prompt", {})
+    with pytest.raises(RecipeError, match="finds where a row ends by its padding tokens"):
+        build_model(job.model_copy(update={"base_folder": bases["llama"]}), dtype=torch.float32, sharded=False)
 
 
 @torch.no_grad()

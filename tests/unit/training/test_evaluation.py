@@ -23,10 +23,11 @@ from training.check import main as check
 from training.evaluation.__main__ import main as evaluate_command
 from training.evaluation.after import write_found
 from training.evaluation.evaluate import Found, Options, evaluate
+from training.evaluation.metrics import measures
 from training.evaluation.plots import plots
 from training.evaluation.result import Estimate, read_evaluation
 from training.evaluation.rows import rows_of
-from training.evaluation.table import write_predictions
+from training.evaluation.table import read_predictions, write_predictions
 from training.evaluation.watch import unwatched
 from training.job import Job
 from training.publish import publish
@@ -316,3 +317,35 @@ def test_a_single_row_has_an_evaluation_too(bert: Path, tmp_path: Path, home: Ho
     again = read_evaluation(tmp_path)
     assert again is not None
     assert np.isnan({metric.name: metric.tuned.value for metric in again.metrics}["r2"])
+
+
+MANY = [{"text": f"row {n} {'cat ' * (n % 2)}{'dog ' * (n % 3)}", "labels": ["cat"] * (n % 2) + ["dog"] * (n % 3 > 0)} for n in range(24)]
+NUMBERS = [{"text": "very " * (n % 4) + f"good {n}", "number": float(n % 4)} for n in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("task", "base", "rows"),
+    [
+        ("text-classification", "bert", None),
+        ("text-classification", "bert", MANY),
+        ("text-classification", "bert", NUMBERS),
+        ("token-classification", "bert", None),
+        ("chat", "llama", None),
+        ("preference", "llama", None),
+    ],
+)
+def test_tables_of_predictions_pool_to_the_metrics_of_all_their_rows(
+    task: TaskName, base: str, rows: Any, tmp_path: Path, home: Home, request: pytest.FixtureRequest
+) -> None:
+    job = run_of(tmp_path, request.getfixturevalue(base), home, task, **({"rows": rows} if rows else {}))
+    found = found_of(job, written_rows=0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_found(found, tmp_path / name, labels=job.data.labels)
+    names = [name for name in metrics_of(task, job.data.problem_type) if not METRICS[name].generates and name != "chosen_likelier"]
+    twice = read_predictions([tmp_path / name / "predictions.parquet" for name in ("a", "b")])
+    assert len(twice) == 2 * found.evaluation.rows
+    pooled = {measure.name: measure.value for measure in measures(twice, names)}
+    assert pooled == {
+        name: pytest.approx(measure.value, rel=1e-6) for name, measure in zip(names, measures(found.tuned, names), strict=True)
+    }

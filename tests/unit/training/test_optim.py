@@ -40,7 +40,7 @@ def classifier(bert: Path) -> Any:
 
 def groups_by_name(model: Any, chosen: Recipe, *, steps_per_epoch: int = 10) -> dict[str, Group]:
     model.requires_grad_(True)
-    made = METHODS[chosen.method.type].apply(model, chosen.method, Applying(TASKS[chosen.task]))
+    made = METHODS[chosen.method.type].apply(model, chosen.method, Applying(TASKS[chosen.task], ["classifier"]))
     optimizer, groups = make_optimizer(made, chosen, heads=["classifier"], steps_per_epoch=steps_per_epoch)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [group.weight_decay for group in groups.groups]
     names = {id(parameter): name for name, parameter in made.named_parameters()}
