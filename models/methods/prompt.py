@@ -27,9 +27,9 @@ class Prompt(PeftMethod):
         )
 
     def apply(self, model: Any, settings: Any, how: Applying) -> Any:
-        if how.task.peft_task_type == "SEQ_CLS" and "score" in how.heads:
+        if self.name == "prompt" and how.task.peft_task_type == "SEQ_CLS" and "score" in how.heads:
             raise RecipeError(
-                f"method {self.name} does not go with classification by a causal language model: transformers finds where a row ends by "
+                "method prompt does not go with classification by a causal language model: transformers finds where a row ends by "
                 "its padding tokens, which learnt vectors hide; use lora, ia3 or adapter, or an encoder"
             )
         return super().apply(model, settings, how)

@@ -15,9 +15,6 @@ from hone.errors import BaseModelError, DataError
 from models.tasks.classification import ClassificationTask, answer_of, labels_of, no_answer
 from models.tasks.task import Batch, Encoded, Inputs, TokenRow
 
-LOUDEST = 2**15 - 1
-"""Sounds are kept as 16-bit integers, as most of them are recorded."""
-
 
 class AudioClassification(ClassificationTask):
     """Averaged over the rows of the global batch."""
@@ -47,7 +44,7 @@ class AudioClassification(ClassificationTask):
         return AutoModelForAudioClassification
 
     def nothing(self, inputs: Inputs) -> TokenRow:
-        return no_answer({"content": np.zeros(inputs.processor.sampling_rate // 2, dtype=np.int16)})
+        return no_answer({"content": np.zeros(inputs.processor.sampling_rate // 2, dtype=np.float32)})
 
     def collate(self, rows: Sequence[TokenRow], *, inputs: Inputs, packed: bool) -> Batch:  # noqa: ARG002 - the protocol's signature
         """What the feature extractor makes (`input_values` or `input_features`, perhaps `attention_mask`), and `labels`."""
@@ -58,7 +55,7 @@ class AudioClassification(ClassificationTask):
 
 def samples_of(row: TokenRow) -> npt.NDArray[np.float32]:
     """float32 [frames], full scale from -1 to 1."""
-    return np.asarray(np.frombuffer(row["content"], dtype=np.int16) / LOUDEST, dtype=np.float32)
+    return np.frombuffer(row["content"], dtype=np.float32)
 
 
 def features(samples: npt.NDArray[np.float32], extractor: Any) -> npt.NDArray[np.float32]:
@@ -80,6 +77,6 @@ def _encoded(row: Row, extractor: Any, max_milliseconds: int) -> list[Encoded] |
     except DataError as error:
         return error
     most = max_milliseconds * extractor.sampling_rate // 1000
-    content = np.rint(np.clip(samples[:most], -1, 1) * LOUDEST).astype(np.int16)
+    content = np.ascontiguousarray(samples[:most], dtype=np.float32)
     answer = answer_of(row)
     return [Encoded(length=len(samples), cost=len(content), is_cut=len(samples) > most, content=content.tobytes(), **answer)]

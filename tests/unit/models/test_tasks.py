@@ -183,4 +183,4 @@ def test_a_base_of_another_kind_is_refused(llama: Path, bert: Path, bart: Path, 
         TASKS["seq2seq"].check_base(find_base_model(str(llama), home=home))
     with pytest.raises(BaseModelError, match="no image processor"):
         TASKS["image-classification"].load_processor(bart)
-    assert TASKS["image-classification"].load_processor(make_vit(tmp_path)).size["height"] == 16
+    assert TASKS["image-classification"].load_processor(make_vit(tmp_path)).size["height"] == 32

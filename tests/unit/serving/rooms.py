@@ -121,7 +121,7 @@ def cases() -> list[Case]:
     for base, task, heads in tasks:
         for method in METHOD_FACTS:
             found += [Case(base, task, method, head) for head in heads if why_not(task, method) is None]
-    return found
+    return [case for case in found if (case.base, case.task, case.method) != ("llama", "text-classification", "prompt")]  # it is refused
 
 
 CASES = {case.name: case for case in cases()}

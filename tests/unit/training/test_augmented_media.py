@@ -67,6 +67,7 @@ def test_pictures_and_sounds_are_what_their_own_processors_make(jobs: Any) -> No
 
     import pyarrow.parquet as pq
     import soundfile
+    import soxr
     from PIL import Image
 
     for kind in ("image", "audio"):
@@ -76,8 +77,8 @@ def test_pictures_and_sounds_are_what_their_own_processors_make(jobs: Any) -> No
         if kind == "image":
             wanted = inputs.processor([Image.open(io.BytesIO(row)).convert("RGB") for row in rows], return_tensors="pt")["pixel_values"]
         else:
-            sounds = [soundfile.read(io.BytesIO(row), dtype="float32")[0] for row in rows]
-            wanted = torch.cat([inputs.processor(s, sampling_rate=8000, return_tensors="pt")["input_values"] for s in sounds])
+            sounds = [soxr.resample(soundfile.read(io.BytesIO(row), dtype="float32")[0], 8000, 16000) for row in rows]
+            wanted = torch.cat([inputs.processor(s, sampling_rate=16000, return_tensors="pt")["input_values"] for s in sounds])
         tokens = TokenRows(job.data, "train")
         found = task.collate(tokens.take(np.arange(len(tokens))), inputs=inputs, packed=False)
         torch.testing.assert_close(next(v for name, v in found.items() if name != "labels"), wanted, atol=2e-3, rtol=2e-3)
@@ -88,4 +89,4 @@ def test_a_long_sound_is_cut_and_said_to_be(jobs: Any) -> None:
     short = job.recipe.model_copy(update={"data": job.recipe.data.model_copy(update={"max_seconds": 0.1})})
     made = prepared(short, job.folder.with_name("short"), home=Home(job.folder.parent / "home"))
     assert made.data.cut_rows == 12
-    assert {len(row["content"]) // 2 for row in TokenRows(made.data, "train").take(np.arange(12))} == {800}
+    assert {len(row["content"]) // 4 for row in TokenRows(made.data, "train").take(np.arange(12))} == {1600}
