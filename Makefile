@@ -8,7 +8,7 @@ ROOMS := hone models training serving cluster
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports test-unit test-integration k8s-check bench bench-tables docs clean
+.PHONY: help install demo test lint format types imports test-unit test-integration test-matrix k8s-check bench bench-methods bench-tables docs clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,10 +51,18 @@ test-integration: install  ## Real Ray, real workers, real HTTP
 k8s-check: install  ## Manifests and cluster launcher files against their schemas
 	$(BIN)/python -m pytest tests/k8s
 
+test-matrix: install  ## Every pair of task and method under ZeRO-0, 2 and 3 on two workers (about 8 minutes)
+	HONE_TEST_MATRIX=all $(BIN)/python -m pytest tests/integration/test_zero_matrix.py --timeout 3000
+
 bench: install  ## Measure step time against torchrun, a new version's first answer, and accuracy on real data
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.new_version
 	$(BIN)/python -m benchmarks.accuracy
+
+bench-methods: install  ## Measure every method on one data set, forgetting with and without guards, and transfer
+	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.forgetting
+	$(BIN)/python -m benchmarks.transfer
 
 bench-tables: install  ## Write the figures of benchmarks/results into README.md
 	$(BIN)/python -m benchmarks.tables

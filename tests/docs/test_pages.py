@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import with_tables
+from benchmarks.tables import METHODS_PAGE, methods_page, with_tables
 from docs.generate import pages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +19,7 @@ def test_a_generated_page_is_what_the_code_says(name: str) -> None:
 
 def test_the_figures_in_the_readme_are_those_of_the_results() -> None:
     assert with_tables(README) == README, "run `make bench-tables`"
+    assert (METHODS_PAGE.read_text() if METHODS_PAGE.exists() else "") == methods_page(), "run `make bench-tables`"
 
 
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")]), ids=str)
