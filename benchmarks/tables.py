@@ -154,7 +154,7 @@ def methods_page() -> str:
         [
             "# Every method on the same data",
             "",
-            "Sentiment of 8,530 sentences of film reviews on MiniLM-L6 (22.7 million parameters); accuracy on 1,066 other sentences, at the",
+            "Sentiment of 8,530 sentences of film reviews on MiniLM-L6 (22.7 million parameters); accuracy on 1,066 other ones, at the",
             f"best validation. {epochs:g} epochs of 32 rows a step, one process on all cores. One seed: two of them part by a point.",
             "",
             "| method | accuracy | parameters that train | seconds of training | peak memory, MiB | learning rate |",

@@ -16,6 +16,10 @@ from models.methods.method import Applying, State
 START = "start"
 """Name of the frozen adapter that takes away what PiSSA begins from."""
 PISSA_FILE = "pissa.safetensors"
+LARGEST_DECOMPOSED = 1024
+"""Rows and columns of a weight up to which its singular vectors are found exactly."""
+SPARE_VECTORS = 16
+"""More vectors than are wanted make those that are wanted better."""
 
 
 class Lora(PeftMethod):
@@ -129,8 +133,14 @@ def _freeze_start(model: Any) -> None:
 
 
 def _largest_part(weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [rank, in] and B [out, rank] with scaling * B @ A the best approximation of the weight."""
-    u, s, v = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    """A [rank, in] and B [out, rank] with scaling * B @ A the best approximation of the weight; of a large one nearly so, by power
+    iteration (https://arxiv.org/abs/0909.4061), as a full decomposition of every layer would take the better part of an hour."""
+    matrix = weight.detach().float().to("cuda" if torch.cuda.is_available() else "cpu")
+    if min(matrix.shape) > LARGEST_DECOMPOSED:
+        u, s, v = torch.svd_lowrank(matrix, q=min(rank + SPARE_VECTORS, *matrix.shape), niter=16)
+        v = v.T
+    else:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     root = (s[:rank] / scaling).sqrt()
     return (root[:, None] * v[:rank]).cpu(), (u[:, :rank] * root).cpu()
 
