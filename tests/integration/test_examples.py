@@ -29,7 +29,7 @@ def test_01_chat_publishes_an_adapter(llama: Path, home: Home, tmp_path: Path) -
     files["train"].write_text("".join(rows[:30]))
     files["validation"].write_text("".join(rows[30:]))
     train("01-chat", f"base={llama}", *(f"data.{name}={path}" for name, path in files.items()), "train.max_steps=2", home=home)
-    assert Registry(home).resolve("docs-chat").kind == "lora"
+    assert Registry(home).resolve("docs-chat").method == "lora"
 
 
 @pytest.mark.usefixtures("local_ray")
