@@ -30,6 +30,8 @@ TOKENIZER_SETTINGS = (
 )
 PROCESSOR_FILE = "preprocessor_config.json"
 """How pictures or sounds become what the model reads, where it reads those."""
+POSITIONS_AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "mpnet"}
+"""Encoders whose first token has the position after the padding token's id."""
 SAMPLED_ABOVE_BYTES = 64 * 2**20
 SAMPLES = 64
 SAMPLE_BYTES = 2**20
@@ -47,7 +49,10 @@ class BaseModel:
     def max_context(self) -> int:
         """Tokens that the model's position embeddings reach."""
         text_config = self.config.get("text_config", self.config)
-        return int(text_config.get("max_position_embeddings") or text_config.get("n_positions") or 4096)
+        positions = int(text_config.get("max_position_embeddings") or text_config.get("n_positions") or 4096)
+        if self.config.get("model_type") not in POSITIONS_AFTER_PADDING:
+            return positions
+        return positions - int(self.config.get("pad_token_id", 1)) - 1
 
     @property
     def is_decoder(self) -> bool:

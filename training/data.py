@@ -133,7 +133,7 @@ class _Prepared:
             bad_rows=counts.get("bad_rows", 0),
             findings=counts,
             pad_token_id=getattr(TASKS[self._recipe.task].load_processor(base.folder), "pad_token_id", None) or 0,
-            max_length=longest(self._recipe.data, TASKS[self._recipe.task], base),
+            max_length=longest(self._recipe, base),
             labels=self.head.labels,
             problem_type=self.head.problem_type,
             retain_rows=len(self.retain),

@@ -13,6 +13,7 @@ class MovingAverage:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, decay: float) -> None:
         self._held = [getattr(parameter, "ds_tensor", parameter).data for parameter in parameters]
+        self._is_sharded = any(hasattr(parameter, "ds_tensor") for parameter in parameters)
         self._decay = decay
         self._mean = [held.float().clone() for held in self._held]
 
@@ -36,11 +37,13 @@ class MovingAverage:
                 held.copy_(before)
 
     def save(self, folder: Path, rank: int) -> None:
-        """Write this rank's part."""
+        """Write this rank's part; what all ranks hold alike, the first writes."""
+        if rank and not self._is_sharded:
+            return
         save_file({str(n): mean.contiguous() for n, mean in enumerate(self._mean)}, folder / f"average-{rank}.safetensors")
 
     def load(self, folder: Path, rank: int) -> None:
         """Read what `save` wrote."""
-        known = load_file(folder / f"average-{rank}.safetensors")
+        known = load_file(folder / f"average-{rank if self._is_sharded else 0}.safetensors")
         for n, mean in enumerate(self._mean):
             mean.copy_(known[str(n)])

@@ -41,7 +41,7 @@ def main() -> int:
     try:
         recipe, home = load_recipe(args.recipe, args.overrides), Home(args.home)
         base, task, data = find_base_model(recipe.base, home=home, revision=recipe.revision), TASKS[recipe.task], recipe.data
-        look = measure(task, task.load_processor(base.folder), max_length=longest(data, task, base))
+        look = measure(task, task.load_processor(base.folder), max_length=longest(recipe, base))
         read = partial(look_at, shape=task.shape, group_by=data.group_by, measure=look, unit=task.unit, near_rows=data.near_duplicate_rows)
         sources = [
             (data.train, None),

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hone.base_model import find_base_model
-from hone.errors import DataError, RunFailedError
+from hone.errors import DataError, HoneError, RunFailedError
 from hone.recipe import Recipe
 from hone.storage import Home
 from training.data import prepare_data
 from training.failures import raise_recorded_failure, record_failure
-from training.job import Job
+from training.guard import check_guard
+from training.job import FAILURE_FILE, Job
 from training.metrics import read_metrics
 from training.resources import plan_workers
 from training.token_cache import Watch, unwatched
@@ -37,6 +38,7 @@ def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None 
     if recipe.search and recipe.search.metric.startswith("eval_") and not data.validation_rows:
         raise DataError("search.metric is measured on validation rows, and there are none; set data.validation or data.validation_fraction")
     check_model(recipe, base, head=Head(data.labels, data.problem_type))
+    check_guard(recipe, data)
     use_gpu, each = plan_workers(recipe)
     (home.runs / run_id).mkdir(parents=True, exist_ok=folder is not None)
     folder = folder or home.runs / run_id
@@ -119,11 +121,13 @@ def train_loop_per_worker(config: dict[str, str]) -> None:
     folder, worker = Path(config["folder"]), RayWorker()
     if not folder.is_dir():
         raise RunFailedError(f"worker {worker.rank} cannot see the run folder {folder}; all nodes must mount the same home")
+    if (folder / FAILURE_FILE).exists():
+        return  # restarted after a failure that a restart does not mend
     try:
         train(Job.load(folder), worker)
     except Exception as error:
-        if not record_failure(folder, error, rank=worker.rank):
-            raise
+        if not record_failure(folder, error, rank=worker.rank) or not isinstance(error, HoneError):
+            raise  # what is no mistake of the recipe's may have met this worker alone, and the others wait for it
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

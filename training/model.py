@@ -41,6 +41,7 @@ def build_model(job: Job, *, dtype: torch.dtype, sharded: bool, rank: int = 0) -
     recipe, task = job.recipe, TASKS[job.recipe.task]
     model, fresh = load_base(job, dtype=dtype, sharded=sharded, options=quantisation(recipe.method))
     heads = task.head_modules(model, fresh)
+    _drop_no_layers(model)
     if recipe.train.dropout is not None:
         _set_dropout(model, recipe.train.dropout)
     torch.manual_seed(recipe.train.seed)
@@ -78,17 +79,27 @@ def load_trained(job: Job, folder: Path, *, dtype: torch.dtype) -> Any:
         head=job.head,
         dtype=dtype,
         pad_token_id=job.data.pad_token_id,
+        options=quantisation(recipe.method),
     )
     return model
 
 
 def load_weights(
-    folder: Path, *, task: Task, method: MethodName, base_folder: Path, head: Head, dtype: torch.dtype, pad_token_id: int
+    folder: Path,
+    *,
+    task: Task,
+    method: MethodName,
+    base_folder: Path,
+    head: Head,
+    dtype: torch.dtype,
+    pad_token_id: int,
+    options: dict[str, Any] | None = None,
 ) -> tuple[Any, set[str]]:
     """The model that `folder` holds whole, or what it holds beside a base; and the names of parameters that had to be started anew."""
     source = folder if HOW_MADE[method].served == "whole" else base_folder
-    model, fresh = task.load_model(source, head=head, dtype=dtype, pad_token_id=pad_token_id)
-    return METHODS[method].load(model, folder).to(dtype).eval(), fresh
+    model, fresh = task.load_model(source, head=head, dtype=dtype, pad_token_id=pad_token_id, options=options)
+    loaded = METHODS[method].load(model, folder)
+    return (loaded if options else loaded.to(dtype)).eval(), fresh
 
 
 def check_model(recipe: Recipe, base: BaseModel, *, head: Head) -> None:
@@ -120,6 +131,13 @@ def gathered(parameters: Iterable[torch.nn.Parameter], *, sharded: bool, modifie
     return context
 
 
+def _drop_no_layers(model: Any) -> None:
+    """Some speech models leave layers out at random. Each worker would leave out others, and then wait for those that it did not."""
+    for part in [model.config, *model.modules()]:
+        for name in [name for name in vars(part) if name.endswith("layerdrop")]:
+            setattr(part, name, 0.0)
+
+
 def _set_dropout(model: Any, share: float) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -141,5 +159,7 @@ def _start_fresh_weights(model: Any, names: set[str], *, seed: int, sharded: boo
             if parameter.dim() > 1:
                 values = torch.randn(parameter.shape, generator=generator) * min(deviation, 1 / math.sqrt(parameter.shape[-1]))
                 parameter.copy_(values.to(parameter.dtype))
-            else:
+            elif name.endswith(("weight", "bias")):  # of a norm, or of a layer
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.copy_((torch.randn(parameter.shape, generator=generator) * deviation).to(parameter.dtype))

@@ -37,7 +37,7 @@ class Retention:
     ) -> None:
         """Record the base, as which `engine` still answers, or does with its adapter off."""
         self._engine, self._rows, self._batcher, self._worker = engine, rows, batcher, worker
-        self._portions = batcher.portions(np.arange(len(rows)), rows.lengths, scale=2)
+        self._portions = batcher.portions(np.arange(len(rows)), rows.lengths)
         self._wants = ("base_log_probs" if keeps_base else "log_probs") if has_probabilities else ""
         self._base_loss = 0.0
         self._base: list[_Predictions] = []
@@ -95,9 +95,8 @@ def refuse_broken_budget(measured: dict[str, float], budget: float | None) -> No
 def _likelihood_loss(log_probs: torch.Tensor, batch: dict[str, torch.Tensor]) -> float:
     targets = batch["targets"] if "targets" in batch else batch["labels"].flatten()
     if targets.dtype != torch.int64:  # any number of classes: [rows, classes] of 0 and 1, two outcomes each
-        known = ~targets.isnan()
-        chosen = torch.where(targets > 0.5, log_probs[:, 0], log_probs[:, 1])
-        return -float(torch.where(known, chosen, 0.0).sum()) / batch["labels"].shape[1]
+        targets = targets[~targets.isnan()]
+        return -float(torch.where(targets > 0.5, log_probs[:, 0], log_probs[:, 1]).sum()) / batch["labels"].shape[1]
     targets = targets[targets >= 0]
     return -float(log_probs[: len(targets)].gather(1, targets[:, None]).sum())
 

@@ -19,9 +19,8 @@ def held_out(groups: Groups, *, fraction: float, seed: int, strata: Strata | Non
     """
     numbers, sizes, order, of_group = _grouped(groups, seed, strata)
     chosen = np.zeros(len(sizes), dtype=bool)
-    for stratum in np.unique(of_group):
+    for stratum, wanted in enumerate(_shares(of_group, sizes, fraction)):
         members = order[of_group[order] == stratum]
-        wanted = round(float(sizes[members].sum()) * fraction)
         left = wanted
         for group, size in zip(members.tolist(), sizes[members].tolist(), strict=True):
             if size <= 2 * left:  # taking it leaves fewer rows amiss than leaving it out
@@ -30,6 +29,18 @@ def held_out(groups: Groups, *, fraction: float, seed: int, strata: Strata | Non
             if left <= 0:
                 break
     return chosen[numbers]
+
+
+def _shares(of_group: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], fraction: float) -> list[int]:
+    """How many rows of each stratum to hold out: its share, rounded so that all together are the share of the whole (largest remainder).
+    Of a small class nothing may be held out, and of none all."""
+    rows = np.bincount(of_group, weights=sizes)
+    exact = rows * fraction
+    shares = np.floor(exact)
+    missing = round(float(exact.sum())) - int(shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[: max(0, missing)]] += 1
+    wanted: list[int] = np.minimum(shares, np.maximum(rows - 1, 0)).astype(int).tolist() if len(rows) > 1 else shares.astype(int).tolist()
+    return wanted
 
 
 def folds(groups: Groups, *, k: int, seed: int, strata: Strata | None = None) -> npt.NDArray[np.int64]:

@@ -4,6 +4,7 @@ import time
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from models.tasks import Batch
@@ -32,7 +33,7 @@ def take_step(run: Started, step: int, *, checkpoint: int) -> dict[str, Any]:
     portions = run.batcher.portions(rows, run.rows.lengths)
     n_targets = int(run.rows.n_targets[rows].sum())
     n_beside = int(run.rows.n_targets[_beside(run, rows)].sum())
-    torch.manual_seed(_seed(recipe.train.seed, step, worker.rank))
+    _draw_from(_seed(recipe.train.seed, step, worker.rank))
     lr = learning_rate(step, run.plan.total_steps, recipe.optim)
     run.groups.set_step(run.optimizer, step, lr)
 
@@ -76,6 +77,12 @@ def _beside(run: Started, rows: Rows) -> Rows:
     if not run.job.recipe.guard.kl_penalty:
         return rows[:0]
     return rows[rows >= run.first_replayed] if run.job.data.retain_rows else rows
+
+
+def _draw_from(seed: int) -> None:
+    """Dropout draws from torch, and the masks of some speech models from numpy's old generator."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -24,10 +24,11 @@ from filelock import FileLock, Timeout
 
 from hone.base_model import BaseModel, tokenizer_fingerprint
 from hone.data.cache import SHARDS_FILE, mark_used, token_folder, token_lock
-from hone.data.files import DataFile, check_unchanged
+from hone.data.files import MEDIA, DataFile, check_unchanged
 from hone.data.gate import Look
 from hone.data.parts import Part, bundled, numbers_in
 from hone.data.readers import sha256_of
+from hone.data.rows import named_media
 from hone.errors import HoneError, ResourceError
 from hone.recipe import Recipe
 from hone.storage import Home, digest_of, new_folder, write_json
@@ -72,15 +73,26 @@ def tokens_of(files: Sequence[DataFile], recipe: Recipe, base: BaseModel, *, col
         "task": recipe.task,
         "columns": columns,
         "group_by": data.group_by,
-        "max_length": longest(data, task, base),
+        "max_length": longest(recipe, base),
         "keeps_text": data.augment.text is not None,
     }
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         fingerprints = [[sha, f.name, f.kind, f.class_folder] for sha, f in zip(pool.map(sha256_of, files), files, strict=True)]
+    media: list[Any] = []
+    if task.shape in MEDIA:
+        media = [list(each) for each in named_media(files, shape=task.shape, columns=columns)]
     tokenizer, near_rows = tokenizer_fingerprint(base.folder), data.near_duplicate_rows
     versions = [version(library) for library in ("tokenizers", "transformers")]
     digest = digest_of(
-        {"layout": LAYOUT, "versions": versions, "files": fingerprints, "tokenizer": tokenizer, "near_rows": near_rows, **shaping}
+        {
+            "layout": LAYOUT,
+            "versions": versions,
+            "files": fingerprints,
+            "media": media,
+            "tokenizer": tokenizer,
+            "near_rows": near_rows,
+            **shaping,
+        }
     )
     folder = token_folder(home, digest)
     if not (folder / SHARDS_FILE).exists():

@@ -17,7 +17,7 @@ from hone.data.media import read_media
 from hone.data.parts import Part
 from hone.data.rows import ReadRow, read_rows
 from hone.errors import DataError, ResourceError
-from hone.recipe import DataSettings
+from hone.recipe import Recipe
 from models.tasks import TASKS, Encoded, Task
 from training.token_rows import SCHEMA
 
@@ -81,9 +81,11 @@ def tokenise(parts: Sequence[Part], number: int, work: Tokenising, *, near_rows:
     return Shard(path.name, count, look)
 
 
-def longest(data: DataSettings, task: Task, base: BaseModel) -> int:
-    """What rows are cut to: tokens, or milliseconds of a sound."""
-    return round(data.max_seconds * 1000) if task.shape == "audio" else min(data.max_length, base.max_context)
+def longest(recipe: Recipe, base: BaseModel) -> int:
+    """What rows are cut to: tokens, or milliseconds of a sound. Learnt vectors before the words have positions too."""
+    if recipe.task == "audio-classification":
+        return round(recipe.data.max_seconds * 1000)
+    return max(1, min(recipe.data.max_length, base.max_context - getattr(recipe.method, "num_virtual_tokens", 0)))
 
 
 def with_media(read: ReadRow) -> dict[str, Any]:

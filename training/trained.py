@@ -124,7 +124,7 @@ def published(ref: str, *, home: Home, needs_base: bool = True) -> Trained:
         base_name=manifest.base.name,
         head=Head(manifest.labels, manifest.problem_type),
         dtype=getattr(torch, manifest.dtype),
-        max_length=longest(recipe.data, TASKS[manifest.task], base),
+        max_length=longest(recipe, base),
     )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from hone.data.files import MEDIA, DataFile
 from hone.data.formats import Format, Row, convert, media_path
 from hone.data.media import check_media, read_media
-from hone.data.parts import Part
+from hone.data.parts import Part, cut
 from hone.data.readers import read_raw
 from hone.errors import DataError
 
@@ -61,6 +61,30 @@ def read_rows(
                 yield ReadRow(file, number, row, found, _group(raw, group_by), content)
             except DataError as error:
                 yield ReadRow(file, number, error=error.message)
+
+
+def named_media(files: Sequence[DataFile], *, shape: str, columns: Mapping[str, str]) -> Iterator[tuple[str, int, int]]:
+    """Path, bytes and time of change (ns) of every picture or sound that tables name, and of none that stand in the tables themselves.
+
+    What the tables say of them is not read here: a path that is wrong makes a bad row later.
+    """
+    for file in files:
+        if file.kind in MEDIA:
+            continue
+        names = []
+        for part in cut([file]):
+            for _, raw in read_raw(part):
+                value = raw.get(columns.get(shape, shape)) if isinstance(raw, dict) else None
+                value = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+                if isinstance(value, bytes):
+                    break  # they are all in the table
+                if isinstance(value, str):
+                    names.append(str(PurePosixPath(file.path).parent / value))
+            else:
+                continue
+            break
+        for info in file.filesystem.get_file_info(sorted(set(names))) if names else []:
+            yield info.path, info.size or 0, info.mtime_ns or 0
 
 
 def _group(raw: Mapping[str, Any], column: str | None) -> str | None:

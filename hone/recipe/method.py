@@ -60,7 +60,7 @@ class FreezeMethod(Settings):
 
     type: Literal["freeze"] = "freeze"
     freeze_embeddings: bool = True
-    freeze_layers: int | Fraction = 0.5
+    freeze_layers: Annotated[int, Field(ge=0)] | Fraction = 0.5
     """How many of the lowest layers stay, or which share of all."""
     gradual_unfreezing: GradualUnfreezing | None = None
 

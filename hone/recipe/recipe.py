@@ -75,6 +75,8 @@ def _check_method(recipe: Recipe) -> None:
     if isinstance(method, LoraMethod) and stage == 3 and (method.use_dora or method.load_in_4bit):
         key = "use_dora" if method.use_dora else "load_in_4bit"
         raise ValueError(f"method.{key} needs each weight whole, and zero.stage 3 shards them; use zero.stage 2")
+    if recipe.method.type == "prefix" and recipe.train.gradient_checkpointing:
+        raise ValueError("train.gradient_checkpointing recomputes layers without the keys and values that method prefix puts before theirs")
     if recipe.preference != PreferenceSettings() and recipe.task != "preference":
         raise ValueError(f"preference: is for the task preference, and this is {recipe.task}")
 
@@ -91,22 +93,35 @@ def _check_augmentation(recipe: Recipe) -> None:
 def _check_guard(recipe: Recipe) -> None:
     guard, data = recipe.guard, recipe.data
     metrics = ["eval_loss", *(f"eval_{name}" for name in TASKS[recipe.task].metrics)]
-    if guard.metric not in metrics:
-        raise ValueError(f"guard.metric {guard.metric!r} is not measured by task {recipe.task}; there are {', '.join(metrics)}")
-    if guard.metric == "eval_loss" and guard.mode == "max":
-        raise ValueError("guard.mode max would keep the weights with the highest loss; use min")
-    if guard.metric.endswith("accuracy") and guard.mode == "min":
-        raise ValueError(f"guard.mode min would keep the weights with the lowest {guard.metric}; set guard.mode: max")
+    _check_metric("guard", guard.metric, guard.mode, metrics, recipe.task)
+    if recipe.search:
+        _check_metric("search", recipe.search.metric, recipe.search.mode, [*metrics, *TRAINING_METRICS], recipe.task)
     if guard.early_stopping_patience and not data.validation and not data.validation_fraction and not data.folds:
         raise ValueError("guard.early_stopping_patience needs validation rows; set data.validation or data.validation_fraction")
     if guard.max_retain_loss_increase is not None and data.retain is None:
         raise ValueError("guard.max_retain_loss_increase is measured on data.retain, and there is none")
+    if guard.max_retain_loss_increase is not None and recipe.task == "preference":
+        raise ValueError("guard.max_retain_loss_increase: the loss of the task preference is relative to the base already; leave it out")
     if guard.kl_penalty and recipe.task == "preference":
         raise ValueError("guard.kl_penalty: the task preference has its own penalty towards the base, preference.beta")
     if guard.kl_penalty and recipe.zero.stage == 3 and not METHODS[recipe.method.type].keeps_base:
         raise ValueError(f"guard.kl_penalty with method {recipe.method.type} needs a second copy of the base; use zero.stage 2 or lower")
     if guard.kl_penalty and data.retain and not data.retain_fraction:
         raise ValueError("guard.kl_penalty is on the rows of data.retain that are mixed in, and data.retain_fraction is 0")
+
+
+def _check_metric(section: str, metric: str, mode: str, metrics: list[str], task: str) -> None:
+    if metric not in metrics:
+        raise ValueError(f"{section}.metric {metric!r} is not measured by task {task}; there are {', '.join(metrics)}")
+    is_loss = metric.endswith(("loss", "error", "kl", "increase"))
+    if is_loss and mode == "max":
+        raise ValueError(f"{section}.mode max would choose the highest {metric}; use min")
+    if not is_loss and mode == "min":
+        raise ValueError(f"{section}.mode min would choose the lowest {metric}; set {section}.mode: max")
+
+
+TRAINING_METRICS = ("loss", "retain_loss", "retain_loss_increase", "retain_kl")
+"""What a search may be judged by beside validation."""
 
 
 def _check_search_key(key: str) -> None:

@@ -66,8 +66,9 @@ def _without_renaming() -> Iterator[None]:
 
 def no_targets(model: Any, targets: Any) -> RecipeError:
     """What to say where nothing of the model is meant by the target modules."""
-    what = f"method.target_modules {targets} match nothing" if targets else "this architecture has no layers that the method knows by name"
-    return RecipeError(f"{what}; name some in method.target_modules. Its linear layers are {', '.join(linear_names(model))}")
+    name = type(model).__name__
+    what = f"method.target_modules {targets} match nothing in {name}" if targets else f"method.target_modules is needed for {name}"
+    return RecipeError(f"{what}; its linear layers are {', '.join(linear_names(model))}")
 
 
 def _put_heads_in_place(model: Any) -> None:

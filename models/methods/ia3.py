@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from hone.recipe import Ia3Method
-from models.blocks import AFTER_ATTENTION, AFTER_FEEDFORWARD, KEYS_AND_VALUES, ending
+from models.blocks import AFTER_ATTENTION, AFTER_FEEDFORWARD, KEYS_AND_VALUES, ending, is_conv1d
 from models.methods.by_peft import PeftMethod, no_targets
 from models.methods.method import Applying
 
@@ -24,5 +24,6 @@ class Ia3(PeftMethod):
             task_type=how.task.peft_task_type,
             target_modules=[*outputs, *feedforward],
             feedforward_modules=feedforward,
+            fan_in_fan_out=any(map(is_conv1d, model.modules())),
             modules_to_save=list(how.heads) or None,
         )

@@ -1,6 +1,7 @@
 """`lora`: low-rank updates beside frozen weights, and what has been made of it: rsLoRA, DoRA, PiSSA, LoRA+, QLoRA."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hone.recipe import LoraMethod
+from models.blocks import is_conv1d
 from models.methods.by_peft import PeftMethod
 from models.methods.method import Applying, State
 
@@ -27,7 +29,7 @@ class Lora(PeftMethod):
 
     name: ClassVar[str] = "lora"
 
-    def config(self, model: Any, settings: LoraMethod, how: Applying) -> Any:  # noqa: ARG002 - the protocol's signature
+    def config(self, model: Any, settings: LoraMethod, how: Applying) -> Any:
         from peft import LoraConfig
 
         heads = list(how.heads) or None
@@ -37,6 +39,7 @@ class Lora(PeftMethod):
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
             target_modules=settings.target_modules,
+            fan_in_fan_out=any(map(is_conv1d, model.modules())),
             modules_to_save=heads,
             exclude_modules=heads,
             use_rslora=settings.use_rslora,
@@ -116,14 +119,18 @@ def _begin_from_singular_vectors(model: Any, settings: LoraMethod, how: Applying
             continue
         with how.gather([base.weight]):
             first = known.get(f"{name}.A")
-            a, b = (first, known[f"{name}.B"]) if first is not None else _largest_part(base.weight, settings.r, layer.scaling["default"])
+            if first is None:
+                a, b = _largest_part(base.weight.T if layer.fan_in_fan_out else base.weight, settings.r, layer.scaling["default"])
+            else:
+                a, b = first, known[f"{name}.B"]
         made |= {f"{name}.A": a, f"{name}.B": b}
         model.hone_pissa_start |= {f"{name}.lora_A.default.weight": a, f"{name}.lora_B.default.weight": -b}
         _fill(layer, "default", a, b, how)
         _fill(layer, START, a, -b, how)
     _freeze_start(model)
     if kept and how.rank == 0 and not known:
-        save_file({name: tensor.contiguous() for name, tensor in made.items()}, kept)
+        save_file({name: tensor.contiguous() for name, tensor in made.items()}, kept.with_suffix(".new"))
+        os.replace(kept.with_suffix(".new"), kept)  # whole or not at all: a restarted worker reads it
 
 
 def _freeze_start(model: Any) -> None:

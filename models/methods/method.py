@@ -48,7 +48,7 @@ class Method(Protocol):
         """
 
     def off(self, model: Any) -> AbstractContextManager[Any]:
-        """A block in which the model answers as the base does (with the head that it began with)."""
+        """A block in which the model answers as the base does, with the head that it began with (of `adapter`, with the head as it is)."""
 
     def trained(self, name: str, parameter: torch.nn.Parameter) -> bool:
         """Whether a parameter is part of what is saved."""

@@ -36,12 +36,19 @@ class Prompt(PeftMethod):
 
     @contextmanager
     def off(self, model: Any) -> Iterator[None]:
+        from peft.utils import ModulesToSaveWrapper
+
         # As peft's disable_adapter does it, which fails for classifiers: they have no prepare_inputs_for_generation.
+        heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
         model.forward = model.base_model.forward
+        for head in heads:
+            head.enable_adapters(False)
         try:
             yield
         finally:
             del model.forward
+            for head in heads:
+                head.enable_adapters(True)
 
     def save(self, model: Any, settings: Any, state: State, folder: Path) -> None:
         # peft would run the module that holds the vectors, which under ZeRO-3 waits for the other ranks for ever; they are in `state`.

@@ -70,15 +70,18 @@ class ClassificationTask:
 
     def head_modules(self, model: Any, fresh: Collection[str] = ()) -> list[str]:
         heads = [name for name, _ in model.named_children() if name in HEADS]
-        others = {name.rpartition(".")[0] for name in fresh if name.split(".", 1)[0] not in heads}  # a pooler that the folder lacks
-        return [*heads, *sorted(others)]
+        parents = {name.rpartition(".")[0] for name in fresh if name.split(".", 1)[0] not in heads}
+        # A pooler that the folder lacks; not a whole encoder of which one vector is missing.
+        others = [name for name in sorted(parents) if name and _is_fresh(model, name, fresh)]
+        return [*heads, *others]
 
     def _head_parameters(self, model: Any) -> set[str]:
         return {name for name, _ in model.named_parameters() if name.split(".", 1)[0] in HEADS}
 
     def loss(self, model: Any, batch: Batch, options: LossOptions = PLAIN) -> tuple[torch.Tensor, Sums]:
         """Summed over the rows: cross entropy; the mean binary cross entropy of the classes; or the squared error."""
-        labels, logits = batch["labels"], self.outputs(model, batch).float()
+        logits = self.outputs(model, batch).float()
+        labels = _like_answers(batch["labels"], logits, model)
         if labels.dtype == torch.int64:
             known = labels >= 0
             summed = cross_entropy(logits, labels, reduction="sum", label_smoothing=options.label_smoothing)
@@ -97,8 +100,11 @@ class ClassificationTask:
         if is_regression(model):
             raise DataError(f"task {self.name} with numbers has no probabilities to compare with the base's; leave guard.kl_penalty out")
         logits = self.outputs(model, batch).float()
-        rows = torch.arange(len(logits), device=logits.device)
-        if batch["labels"].dtype == torch.int64:
+        labels = _like_answers(batch["labels"], logits, model)
+        is_single = labels.dtype == torch.int64
+        known = labels >= 0 if is_single else ~labels.isnan().any(-1)
+        logits, rows = logits[known], torch.arange(len(logits), device=logits.device)[known]
+        if is_single:
             return logits.log_softmax(-1), rows
         both = torch.stack([logsigmoid(logits), logsigmoid(-logits)], -1)
         return both.flatten(0, 1), rows.repeat_interleave(logits.shape[1])
@@ -128,6 +134,16 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _is_fresh(model: Any, module: str, fresh: Collection[str]) -> bool:
+    return all(f"{module}.{name}" in fresh for name, _ in model.get_submodule(module).named_parameters())
+
+
+def _like_answers(labels: torch.Tensor, logits: torch.Tensor, model: Any) -> torch.Tensor:
+    """Labels of the kind that the head answers with: a batch in which nothing counts does not say which kind that is."""
+    is_single = model.config.problem_type == "single_label_classification"
+    return labels if is_single or labels.dtype != torch.int64 else torch.full_like(logits, torch.nan)
 
 
 def is_regression(model: Any) -> bool:

@@ -184,3 +184,50 @@ def test_a_base_of_another_kind_is_refused(llama: Path, bert: Path, bart: Path, 
     with pytest.raises(BaseModelError, match="no image processor"):
         TASKS["image-classification"].load_processor(bart)
     assert TASKS["image-classification"].load_processor(make_vit(tmp_path)).size["height"] == 32
+
+
+def test_what_counts_for_nothing_has_no_probabilities_and_no_other_metric(bert: Path) -> None:
+    task = TASKS["text-classification"]
+    for problem, answer, labels in (
+        ("single_label_classification", np.array([1]), ["a", "b"]),
+        ("multi_label_classification", np.array([1.0, 0.0], dtype=np.float32), ["a", "b"]),
+        ("regression", np.array([2.0], dtype=np.float32), None),
+    ):
+        head = Head(labels, problem)  # type: ignore[arg-type]
+        model, _ = task.load_model(bert, head=head, dtype=torch.float32, pad_token_id=0)
+        row = {"input_ids": [1, 2, 3], "labels": answer}
+        alone, padded, nothing = (
+            task.collate(rows, inputs=Inputs(0), packed=False)
+            for rows in ([row], [row, task.nothing(Inputs(0))], [task.nothing(Inputs(0))] * 2)
+        )
+        with torch.no_grad():
+            loss, sums = task.loss(model.eval(), alone)
+            same, _ = task.loss(model, padded)
+            none, sums_of_none = task.loss(model, nothing)
+        assert float(same) == pytest.approx(float(loss), rel=1e-4)
+        assert float(none) == 0
+        assert sums.keys() == sums_of_none.keys()
+        if problem != "regression":
+            with torch.no_grad():
+                assert set(task.log_probs(model, padded)[1].tolist()) == {0}
+                assert len(task.log_probs(model, nothing)[0]) == 0
+
+
+def test_one_missing_vector_does_not_make_a_head_of_the_whole_encoder(bert: Path) -> None:
+    task = TASKS["text-classification"]
+    model, fresh = task.load_model(bert, head=Head(["a", "b"], "single_label_classification"), dtype=torch.float32, pad_token_id=0)
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert task.head_modules(model, fresh | pooler) == ["classifier", "bert.pooler.dense"]
+    assert task.head_modules(model, fresh | {"bert.embeddings.word_embeddings.weight"}) == ["classifier", "bert.embeddings.word_embeddings"]
+    assert task.head_modules(model, fresh | {"bert.embeddings.LayerNorm.weight"}) == ["classifier"]
+
+
+def test_positions_that_begin_after_the_padding_are_not_counted(bert: Path, tmp_path: Path, home: Home) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(bert, tmp_path / "roberta")
+    config = json.loads((bert / "config.json").read_text())
+    (tmp_path / "roberta" / "config.json").write_text(json.dumps({**config, "model_type": "roberta", "pad_token_id": 1}))
+    assert find_base_model(str(bert), home=home).max_context == 128
+    assert find_base_model(str(tmp_path / "roberta"), home=home).max_context == 126

@@ -6,7 +6,8 @@ import pytest
 
 from hone.errors import RecipeError, RunFailedError
 from hone.recipe import Recipe, parse_recipe
-from training.guard import Guard, picks_best, refuse_without_best
+from training.guard import Guard, check_guard, picks_best, refuse_without_best
+from training.job import PreparedData
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -63,6 +64,42 @@ def test_without_anything_within_the_budget_nothing_is_published() -> None:
         refuse_without_best(guard, chosen)
 
 
+def test_what_is_no_number_is_never_the_best() -> None:
+    guard, bests = looked(losses(float("nan"), 1.0, float("nan"), 0.5))
+    assert (guard.best_step, bests) == (40, [False, True, False, True])
+    spent, _ = looked([{"eval_loss": 1.0, "retain_loss_increase": float("nan")}], max_retain_loss_increase=0.1)
+    assert spent.best_step == 0
+    assert spent.reason
+
+
+def test_the_last_weights_within_the_budget_where_the_last_are_wanted() -> None:
+    values = [{"eval_loss": loss, "retain_loss_increase": 0.0} for loss in (1.0, 2.0)]
+    guard, bests = looked(values, max_retain_loss_increase=0.1, publish="last")
+    assert (guard.best_step, bests) == (20, [True, True])
+
+
+def test_a_metric_of_other_answers_is_refused_once_the_rows_are_read() -> None:
+    data = PreparedData(
+        digest="d",
+        train_rows=1,
+        validation_rows=1,
+        cut_rows=0,
+        dropped_rows=0,
+        formats=[],
+        bad_rows=0,
+        findings={},
+        pad_token_id=0,
+        max_length=8,
+        problem_type="regression",
+    )
+    for guard, said in (
+        ({"metric": "eval_accuracy", "mode": "max"}, "where rows have numbers"),
+        ({"kl_penalty": 1.0}, "rows with numbers"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            check_guard(recipe(task="text-classification", guard=guard), data)
+
+
 def test_its_state_survives_a_checkpoint() -> None:
     guard, _ = looked(losses(3.0, 2.0, 2.5), early_stopping_patience=3)
     again = Guard(**guard.state())
@@ -81,7 +118,7 @@ def test_the_last_weights_are_published_where_nothing_says_which_are_best() -> N
     ("sections", "said"),
     [
         ({"guard": {"metric": "eval_accuracy"}}, "is not measured by task chat; there are eval_loss, eval_token_accuracy"),
-        ({"guard": {"metric": "eval_loss", "mode": "max"}}, "would keep the weights with the highest loss"),
+        ({"guard": {"metric": "eval_loss", "mode": "max"}}, "guard.mode max would choose the highest eval_loss"),
         ({"guard": {"metric": "eval_token_accuracy"}}, "set guard.mode: max"),
         ({"guard": {"early_stopping_patience": 1}, "data": {"train": "t", "validation_fraction": 0}}, "needs validation rows"),
         ({"guard": {"max_retain_loss_increase": 0.1}, "data": {"train": "t"}}, "measured on data.retain, and there is none"),
@@ -91,6 +128,10 @@ def test_the_last_weights_are_published_where_nothing_says_which_are_best() -> N
         ({"task": "image-classification", "method": {"type": "prompt"}}, "What does: lora, full, freeze, ia3, adapter"),
         ({"method": {"use_dora": True}, "zero": {"stage": 3}}, "method.use_dora needs each weight whole"),
         ({"method": {"init_lora_weights": "pissa", "use_dora": True}}, "pissa changes the frozen weights"),
+        ({"method": {"type": "prefix"}, "train": {"gradient_checkpointing": True}}, "method prefix puts before theirs"),
+        ({"method": {"type": "freeze", "freeze_layers": -3}}, "freeze_layers"),
+        ({"task": "preference", "guard": {"max_retain_loss_increase": 0.1}}, "relative to the base already"),
+        ({"search": {"space": {"train.seed": {"type": "choice", "categories": [1]}}, "metric": "eval_los"}}, "search.metric 'eval_los'"),
         ({"preference": {"beta": 0.5}}, "is for the task preference, and this is chat"),
         ({"data": {"train": "t", "augment": {"image": {}}}}, "data.augment.image is for the task image-classification"),
         ({"task": "image-classification", "data": {"train": "t", "augment": {"image": {"crop_scale": [0.9, 0.5]}}}}, "is not a range"),

@@ -27,7 +27,7 @@ class Rows:
 
 
 class Batcher:
-    def portions(self, rows: Any, lengths: Any, *, scale: int) -> list[Any]:  # noqa: ARG002
+    def portions(self, rows: Any, lengths: Any) -> list[Any]:  # noqa: ARG002
         return [rows[:2], rows[2:]]
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:

@@ -58,3 +58,12 @@ def test_a_group_that_is_too_large_does_not_end_the_search() -> None:
     groups = [0] * 30 + [1] * 10
     for seed in range(8):
         assert held_out(groups, fraction=0.25, seed=seed).tolist() == [False] * 30 + [True] * 10
+
+
+def test_many_small_classes_hold_out_their_share_together_and_none_of_them_whole() -> None:
+    strata = [f"class {n // 10}" for n in range(770)]
+    chosen = held_out(range(770), fraction=0.05, seed=0, strata=strata)
+    assert int(chosen.sum()) == 38  # of 38.5; each class alone would round to none
+    assert max(Counter(np.asarray(strata)[chosen]).values()) == 1
+    lonely = held_out(range(6), fraction=0.5, seed=0, strata=list("aabbcd"))
+    assert not lonely[4:].any()

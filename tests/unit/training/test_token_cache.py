@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hone.base_model import BaseModel, find_base_model
@@ -200,3 +201,20 @@ def test_small_files_share_a_shard_and_keep_their_places(base: BaseModel, tmp_pa
     assert report["train"]["files"] == 30
     first = report["findings"][0]["where"][0]
     assert first == f"{tmp_path}/many/01.jsonl:1 is {tmp_path}/many/00.jsonl:1"
+
+
+def test_another_picture_under_the_same_name_is_noticed(vit: Path, tmp_path: Path, home: Home) -> None:
+    from PIL import Image
+
+    for n in range(8):
+        Image.new("RGB", (16, 16), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    train = tmp_path / "rows.jsonl"
+    train.write_text("".join(json.dumps({"image": f"{n}.png", "label": "ab"[n % 2]}) + "\n" for n in range(8)))
+    tree = {"name": "p", "task": "image-classification", "base": str(vit), "data": {"train": str(train), "validation_fraction": 0}}
+    chosen, found = parse_recipe(tree, where="test"), find_base_model(str(vit), home=home)
+    first, again = (prepare_data(chosen, found, home=home) for _ in range(2))
+    Image.new("RGB", (16, 16), (0, 200, 0)).save(tmp_path / "3.png")
+    other = prepare_data(chosen, found, home=home)
+    assert first.digest == again.digest != other.digest
+    taken = TokenRows(other, "train").take(np.arange(8))
+    assert max(np.frombuffer(row["content"], dtype=np.uint8).max() for row in taken) == 200
