@@ -109,22 +109,17 @@ def _write_rows(scratch: Path) -> dict[str, Path]:
 def _make_base(folder: Path, rows: Path) -> float:
     """A Llama of 0.9 M parameters that has read these rows; its last loss."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from rich.console import Console
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from training.sample import byte_level_tokenizer, pretrain
 
     texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
     problems = [message["content"] for messages in conversations(find_data())[:ROWS] for message in messages]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    # Of both texts, as a real base's tokenizer has seen either.
+    fast = byte_level_tokenizer(
+        texts + problems, vocab_size=2048, special_tokens=["<|endoftext|>"], eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
-    tokenizer.train_from_iterator(texts + problems, trainer)  # both, as a real base's tokenizer has seen either
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -142,21 +137,15 @@ def _make_base(folder: Path, rows: Path) -> float:
     )
     model = LlamaForCausalLM(config)
     tokens = torch.tensor([token for text in texts for token in [*fast(text)["input_ids"], fast.eos_token_id]])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=PRETRAINING_STEPS, pct_start=0.1)
-    loss = 0.0
-    for step in range(PRETRAINING_STEPS):
-        starts = torch.randint(len(tokens) - PRETRAINING_LENGTH, (PRETRAINING_ROWS,))
-        windows = torch.stack([tokens[n : n + PRETRAINING_LENGTH] for n in starts.tolist()])
-        made = model(input_ids=windows, labels=windows).loss
-        made.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        loss = made.item()
-        if step % 100 == 0:
-            print(f"pre-training step {step}: loss {loss:.2f}", flush=True)  # noqa: T201
+    loss = pretrain(
+        model,
+        tokens,
+        steps=PRETRAINING_STEPS,
+        rows=PRETRAINING_ROWS,
+        length=PRETRAINING_LENGTH,
+        learning_rate=2e-3,
+        console=Console(),
+    )
     model.save_pretrained(folder)
     return loss
 

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hone.base_model import find_base_model
 from hone.ports import free_port
 from hone.recipe import Recipe
 from hone.storage import Home
-from models.tasks import Head
-from training.data import prepare_data
 from training.job import Job
-from training.launch import final_metrics
+from training.launch import final_metrics, prepare_job
 from training.metrics import read_metrics
-from training.model import check_model
+from training.resources import without_cluster
 
 
 @dataclass(frozen=True)
@@ -36,26 +33,10 @@ class Ran:
 
 def run_here(recipe: Recipe, *, home: Home, name: str) -> Ran:
     """Prepare the recipe's data in this process and train in another, on all cores."""
-    home.ready()
-    base = find_base_model(recipe.base, home=home)
-    data = prepare_data(recipe, base, home=home)
-    check_model(recipe, base, head=Head(data.labels, data.problem_type))
-    folder = home.runs / name
-    folder.mkdir(parents=True)
-    job = Job(
-        run_id=name,
-        folder=folder,
-        recipe=recipe,
-        base_folder=base.folder,
-        base_id=base.id,
-        data=data,
-        use_gpu=False,
-        resources_per_worker={},
-    )
-    job.save()
-    peak = _train(folder)
-    lines = read_metrics(folder)
-    return Ran(job, final_metrics(folder), lines, sum(line.get("step_s", 0.0) for line in lines), peak)
+    job = prepare_job(recipe, home=home, run_id=name, plan=without_cluster)
+    peak = _train(job.folder)
+    lines = read_metrics(job.folder)
+    return Ran(job, final_metrics(job.folder), lines, sum(line.get("step_s", 0.0) for line in lines), peak)
 
 
 def _train(folder: Path) -> float:

@@ -22,24 +22,19 @@ def conversations(data: Path) -> list[list[dict[str, str]]]:
 def make_base(folder: Path, data: Path) -> None:
     """6 layers, hidden 256, 8k tokens."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from hone.chat import CHATML
+    from training.sample import byte_level_tokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    fast = byte_level_tokenizer(
+        [message["content"] for conversation in conversations(data) for message in conversation],
         vocab_size=8192,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = [message["content"] for conversation in conversations(data) for message in conversation]
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML, model_max_length=1024
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        model_max_length=1024,
     )
     fast.save_pretrained(folder)
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from hone.chat import end_of_turn_ids
 from hone.errors import BaseModelError
 from hone.manifest import AdapterManifest
 from hone.tasks import TaskName
-from models.tasks import TASKS, Head, Inputs
+from models.tasks import TASKS, Head, Inputs, inputs_by
 from models.tasks.task import ProblemType
 from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
 from serving.engine.alone import Alone
@@ -25,7 +25,7 @@ from serving.engine.generation import Generation
 from serving.engine.heads import EncoderHeads, Heads, MixedHeads, OwnHeads, TrunkHeads
 from serving.engine.lora import AdapterWeights, Mixer
 from serving.engine.thread import ModelThread, Work
-from serving.kinds import TASKS_OF, Kind, generates, inputs_of, is_causal, kind_of, load_processor, medium_of, own_task
+from serving.kinds import TASKS_OF, Kind, generates, is_causal, kind_of, load_processor, medium_of, own_task
 
 logger = logging.getLogger("ray.serve")
 
@@ -100,7 +100,7 @@ class Engine:
 
     @property
     def inputs(self) -> Inputs:
-        return inputs_of(self.base.processor)
+        return inputs_by(self.base.processor)
 
     @property
     def mixed_tasks(self) -> tuple[TaskName, ...]:
@@ -134,13 +134,13 @@ def load_engine(base: BaseModel, *, published: AdapterManifest | None = None, ma
     if kind == "decoder":
         if lacks_template(base.folder):
             logger.info("%s: %s", base.id.name, NO_TEMPLATE)
-        parts = _decoder_parts(base, model, inputs_of(processor), max_rows=max_rows, max_context=max_context)
+        parts = _decoder_parts(base, model, inputs_by(processor), max_rows=max_rows, max_context=max_context)
     elif kind == "encoder-decoder":
         parts = Parts(min(base.max_context, asked))
     else:
         reads = medium_of(task) == "text"
         context = min(_positions(model, base), processor.model_max_length, asked) if reads else 0
-        parts = _encoder_parts(base, kind, task, model, inputs_of(processor), context=context)
+        parts = _encoder_parts(base, kind, task, model, inputs_by(processor), context=context)
     served = Served(
         name=str(published.ref) if published else base.id.name,
         digest=base.id.fingerprint,
@@ -148,7 +148,7 @@ def load_engine(base: BaseModel, *, published: AdapterManifest | None = None, ma
         processor=processor,
         max_context=parts.max_context,
         model=model if kind == "encoder-decoder" else None,
-        heads=(parts.heads.get(task) or OwnHeads(model, TASKS[task], inputs_of(processor))) if has_head else None,
+        heads=(parts.heads.get(task) or OwnHeads(model, TASKS[task], inputs_by(processor))) if has_head else None,
         end_ids=end_ids(task, processor, model),
         **(_own_answers(model, published) if has_head else {}),
     )

@@ -83,11 +83,6 @@ def load_processor(task: TaskName, folder: Path) -> Any:
     return processor
 
 
-def inputs_of(processor: Any) -> Inputs:
-    """As training makes them."""
-    return Inputs(getattr(processor, "pad_token_id", None) or 0, processor)
-
-
 def _has_class(base: BaseModel, task: TaskName) -> bool:
     from transformers import AutoConfig
 

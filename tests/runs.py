@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from hone.base_model import find_base_model
 from hone.recipe import Recipe, parse_recipe
 from hone.storage import Home
 from models.methods import METHODS
 from models.tasks import TASKS
-from training.data import prepare_data
-from training.export import GOLDEN_FILE
+from tests.zero_matrix import prepared
+from training.export import GOLDEN_FILE, gathered_state
 from training.job import Job
 from training.model import build_model
 from training.token_rows import TokenRows
@@ -57,19 +56,7 @@ def make_recipe(base: Path, train: Path, task: str, method: str | dict[str, Any]
 
 def make_run(folder: Path, recipe: Recipe, home: Home, *, moved: float = 0.02) -> Job:
     """A run whose weights moved by as much as a training might."""
-    base = find_base_model(recipe.base, home=home)
-    folder.mkdir()
-    job = Job(
-        run_id=folder.name,
-        folder=folder,
-        recipe=recipe,
-        base_folder=base.folder,
-        base_id=base.id,
-        data=prepare_data(recipe, base, home=home),
-        use_gpu=False,
-        resources_per_worker={"CPU": 1},
-    )
-    job.save()
+    job = prepared(recipe, folder, home=home)
     model, method, task = build_model(job, dtype=torch.float32, sharded=False)[0].eval(), METHODS[recipe.method.type], TASKS[recipe.task]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -77,7 +64,7 @@ def make_run(folder: Path, recipe: Recipe, home: Home, *, moved: float = 0.02) -
             if method.trained(name, parameter):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * moved)
     job.export_folder.mkdir()
-    state = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False) if method.trained(name, p)}
+    state = gathered_state(model, method, sharded=False, keep=True)
     method.save(model, recipe.method, state, job.export_folder)
     rows = TokenRows(job.data, "validation")
     batch = task.collate(rows.take(np.arange(2)), inputs=trained_by(job).inputs(), packed=False)

@@ -23,8 +23,7 @@ from hone.registry import Registry
 from hone.storage import Home
 from hone.tasks import TaskName
 from models.methods import METHODS, Applying
-from models.tasks import TASKS, Batch, Encoded, Head
-from serving.kinds import inputs_of
+from models.tasks import TASKS, Batch, Encoded, Head, inputs_by
 
 NO_HEAD = Head()
 
@@ -100,7 +99,7 @@ def publish_trained(
     given: Any = TypeAdapter(Method).validate_python({"type": method, **settings})
     processor = doing.load_processor(base)
     torch.manual_seed(seed)
-    model, _ = doing.load_model(base, head=head, dtype=torch.float32, pad_token_id=inputs_of(processor).pad_token_id)
+    model, _ = doing.load_model(base, head=head, dtype=torch.float32, pad_token_id=inputs_by(processor).pad_token_id)
     model = how.apply(model, given, Applying(doing, doing.head_modules(model))).eval()
     state = {name: parameter for name, parameter in model.named_parameters() if how.trained(name, parameter)}
     with torch.no_grad():
@@ -140,14 +139,14 @@ def batch_of(task: TaskName, rows: Sequence[Any], processor: Any) -> Batch:
     encoded = [made for row in doing.encode(rows, processor, max_length=1000) for made in _fine(row)]
     counted = {"text-classification", "image-classification", "audio-classification"}
     dealt = [{**vars(row), "labels": None} if task in counted else vars(row) for row in encoded]
-    return doing.collate(dealt, inputs=inputs_of(processor), packed=False)
+    return doing.collate(dealt, inputs=inputs_by(processor), packed=False)
 
 
 def load_plainly(home: Home, base: Path, manifest: AdapterManifest) -> Any:
     """A published adapter on a base of its own, as its method loads it (or a whole model): what serving is compared with."""
     doing, folder = TASKS[manifest.task], Registry(home).path(manifest.ref)
     source = folder if manifest.kind == "full" else base
-    pad = inputs_of(doing.load_processor(base)).pad_token_id
+    pad = inputs_by(doing.load_processor(base)).pad_token_id
     model, _ = doing.load_model(source, head=Head(manifest.labels, manifest.problem_type), dtype=torch.float32, pad_token_id=pad)
     return METHODS[manifest.method].load(model, folder).eval()
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from training.sample import byte_level_tokenizer
+
 WORDS = (
     "the cat sat on a mat and the dog ran to the river while seven small birds sang over green hills near an old stone house "
     "what is two plus two four why does it rain because clouds are heavy with water hello there good morning thank you"
@@ -13,21 +15,13 @@ WORDS = (
 
 def make_tokenizer(folder: Path, *, chat_template: str | None = None) -> Any:
     """A byte-level BPE tokenizer that can encode any text, trained on a sentence."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    fast = byte_level_tokenizer(
+        [WORDS],
         vocab_size=400,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([WORDS], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=chat_template,
     )
     fast.save_pretrained(folder)
     return fast

@@ -13,33 +13,19 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from hone.base_model import find_base_model
 from hone.ports import free_port
 from hone.recipe import Recipe
 from hone.storage import Home
-from training.data import prepare_data
 from training.job import Job
+from training.launch import prepare_job
 from training.loop import train
+from training.resources import without_cluster
 from training.worker import TorchrunWorker
 
 
 def prepared(recipe: Recipe, folder: Path, *, home: Home) -> Job:
-    """A job in a folder of its own, as `training.launch.prepare_job` makes it on a cluster."""
-    home.ready()
-    base = find_base_model(recipe.base, home=home)
-    folder.mkdir()
-    job = Job(
-        run_id=folder.name,
-        folder=folder,
-        recipe=recipe,
-        base_folder=base.folder,
-        base_id=base.id,
-        data=prepare_data(recipe, base, home=home),
-        use_gpu=False,
-        resources_per_worker={"CPU": 1},
-    )
-    job.save()
-    return job
+    """A job in a folder of its own, for workers without Ray."""
+    return prepare_job(recipe, home=home, run_id=folder.name, folder=folder, plan=without_cluster)
 
 
 def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float) -> None:

@@ -19,7 +19,7 @@ from hone.data.report import MEANINGS
 from hone.errors import DataError
 from hone.recipe import Recipe
 from hone.storage import Home, digest_of, new_folder, write_text
-from models.tasks import TASKS, Head
+from models.tasks import TASKS, Head, inputs_by
 from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
 from training.job import PreparedData, SourceRows
 from training.split import folds, held_out
@@ -132,7 +132,7 @@ class _Prepared:
             formats=list(self.report.train.formats),
             bad_rows=counts.get("bad_rows", 0),
             findings=counts,
-            pad_token_id=getattr(TASKS[self._recipe.task].load_processor(base.folder), "pad_token_id", None) or 0,
+            pad_token_id=inputs_by(TASKS[self._recipe.task].load_processor(base.folder)).pad_token_id,
             max_length=longest(self._recipe, base),
             labels=self.head.labels,
             problem_type=self.head.problem_type,

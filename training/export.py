@@ -36,7 +36,7 @@ def export(run: Started, rows: TokenRows) -> None:
     job, engine, worker = run.job, run.engine, run.worker
     golden = _golden_outputs(engine, run.batcher, rows)
     method, model = METHODS[job.recipe.method.type], engine.module.model
-    state = _gathered_state(model, method, sharded=job.recipe.zero.stage == 3, keep=worker.rank == 0)
+    state = gathered_state(model, method, sharded=job.recipe.zero.stage == 3, keep=worker.rank == 0)
     if worker.rank:
         return
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
@@ -60,7 +60,7 @@ def _replace(staging: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _gathered_state(module: Any, method: Any, *, sharded: bool, keep: bool) -> State:
+def gathered_state(module: Any, method: Any, *, sharded: bool, keep: bool) -> State:
     """Copies of what the method saves (and of every buffer that is saved), one at a time, on the ranks that keep them."""
     state: State = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,30 @@ from training.failures import raise_recorded_failure, record_failure
 from training.guard import check_guard
 from training.job import FAILURE_FILE, Job
 from training.metrics import read_metrics
-from training.resources import plan_workers
+from training.resources import Resources, plan_workers
 from training.token_cache import Watch, unwatched
 
 MEASURED = {"eval_loss", "retain_loss"}
 
 
-def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None = None, watch: Watch = unwatched) -> Job:
+def prepare_job(
+    recipe: Recipe,
+    *,
+    home: Home,
+    run_id: str,
+    folder: Path | None = None,
+    watch: Watch = unwatched,
+    plan: Callable[[Recipe], tuple[bool, Resources]] = plan_workers,
+) -> Job:
     """Check base, data, method and resources, tokenise, and write the run folder. Nothing is written where something is wrong.
+
+    Args:
+        recipe: What to run.
+        home: Where runs and prepared data are.
+        run_id: Name of the run.
+        folder: Of the run, where it is a part of another; by default its own.
+        watch: Told how far the data is.
+        plan: What workers get, by default of the cluster; `without_cluster` for a run without Ray.
 
     Raises:
         HoneError: whatever the user has to mend, in one line.
@@ -39,7 +55,7 @@ def prepare_job(recipe: Recipe, *, home: Home, run_id: str, folder: Path | None 
         raise DataError("search.metric is measured on validation rows, and there are none; set data.validation or data.validation_fraction")
     check_model(recipe, base, head=Head(data.labels, data.problem_type))
     check_guard(recipe, data)
-    use_gpu, each = plan_workers(recipe)
+    use_gpu, each = plan(recipe)
     (home.runs / run_id).mkdir(parents=True, exist_ok=folder is not None)
     folder = folder or home.runs / run_id
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,18 +12,8 @@ from training.token_rows import Shards
 
 def places_of(data: PreparedData, numbers: Rows) -> list[str]:
     """File and line of rows, by their numbers over all shards. Reads what the gate saw, so it is for when something went wrong."""
-    folders = list(dict.fromkeys(shard.parent for shard in data.shards))
-    found: list[str] = []
-    for number in numbers.tolist():
-        first = 0
-        for folder in folders:
-            shards = Shards([shard for shard in data.shards if shard.parent == folder])
-            if number < first + len(shards):
-                look = Look.load(folder)
-                found.append(_place(look, int(shards.value(number - first, "digest"))))
-                break
-            first += len(shards)
-    return found
+    shards, looks = Shards(data.shards), [Look.load(folder) for folder in dict.fromkeys(shard.parent for shard in data.shards)]
+    return [_place(looks, int(shards.value(number, "digest"))) for number in numbers.tolist()]
 
 
 def listed(places: Sequence[str], shown: int = 5) -> str:
@@ -32,6 +22,8 @@ def listed(places: Sequence[str], shown: int = 5) -> str:
     return ", ".join(places[:shown]) + more
 
 
-def _place(look: Look, digest: int) -> str:
-    row = int(np.flatnonzero(np.asarray(look.digests) == digest)[0])
-    return look.place(look.spot(row))
+def _place(looks: Sequence[Look], digest: int) -> str:
+    """Where the first row of that digest stands: another of the same digest is the same row."""
+    found = ((look, np.flatnonzero(np.asarray(look.digests) == digest)) for look in looks)
+    look, rows = next((look, rows) for look, rows in found if len(rows))
+    return look.place(look.spot(int(rows[0])))

@@ -33,6 +33,11 @@ def plan_workers(recipe: Recipe) -> tuple[bool, Resources]:
     )
 
 
+def without_cluster(_recipe: Recipe) -> tuple[bool, Resources]:
+    """What workers get that are started without Ray: a CPU each."""
+    return False, {"CPU": 1.0}
+
+
 def _compare(recipe: Recipe) -> tuple[bool, Resources, Resources, Resources]:
     """(whether workers get GPUs, what each gets, what all need of which the cluster has too little, what the cluster has)."""
     import ray

@@ -14,7 +14,7 @@ import re
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,16 @@ def make_base_model(folder: Path, *, console: Console) -> None:
 
     logging.disable_progress_bar()
     text = documentation()
-    tokenizer = _make_tokenizer(text)
+    tokenizer = byte_level_tokenizer(
+        text,
+        vocab_size=VOCAB_SIZE,
+        special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+        model_max_length=CONTEXT,
+    )
     tokens = torch.tensor(tokenizer("\n".join(text), add_special_tokens=False, verbose=False)["input_ids"])
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -72,7 +81,15 @@ def make_base_model(folder: Path, *, console: Console) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    _pretrain(model, tokens, console=console)
+    pretrain(
+        model,
+        tokens,
+        steps=PRETRAINING_STEPS,
+        rows=PRETRAINING_BATCH,
+        length=PRETRAINING_LENGTH,
+        learning_rate=PRETRAINING_LEARNING_RATE,
+        console=console,
+    )
     with new_folder(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -142,7 +159,15 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
-def _make_tokenizer(text: list[str]) -> Any:
+def byte_level_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str], **settings: Any) -> Any:
+    """A byte-level BPE tokenizer of these texts, which can encode any other.
+
+    Args:
+        texts: What its merges are learnt from.
+        vocab_size: Tokens, the 256 bytes and the special ones among them.
+        special_tokens: Those that no text becomes.
+        settings: Of transformers' PreTrainedTokenizerFast, such as eos_token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -150,31 +175,23 @@ def _make_tokenizer(text: list[str]) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-        model_max_length=CONTEXT,
-    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
-def _pretrain(model: Any, tokens: torch.Tensor, *, console: Console) -> None:
-    """Next-token prediction on windows of the text: enough for words and indentation, far from knowledge."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAINING_LEARNING_RATE, total_steps=PRETRAINING_STEPS, pct_start=0.1)
+def pretrain(model: Any, tokens: torch.Tensor, *, steps: int, rows: int, length: int, learning_rate: float, console: Console) -> float:
+    """Next-token prediction on windows of a text: enough for words and indentation, far from knowledge. The last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     loss = torch.tensor(0.0)
-    steps = track(range(PRETRAINING_STEPS), description="pre-training the base", console=console, disable=not console.is_terminal)
-    for _ in steps:
-        starts = torch.randint(len(tokens) - PRETRAINING_LENGTH, (PRETRAINING_BATCH,))
-        windows = torch.stack([tokens[n : n + PRETRAINING_LENGTH] for n in starts.tolist()])
+    for _ in track(range(steps), description="pre-training the base", console=console, disable=not console.is_terminal):
+        starts = torch.randint(len(tokens) - length, (rows,))
+        windows = torch.stack([tokens[n : n + length] for n in starts.tolist()])
         loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -184,6 +201,7 @@ def _pretrain(model: Any, tokens: torch.Tensor, *, console: Console) -> None:
     console.print(
         f"base model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, loss {loss.item():.2f}", highlight=False
     )
+    return loss.item()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,7 +39,8 @@ def take_step(run: Started, step: int, *, checkpoint: int) -> dict[str, Any]:
 
     engine.train()
     take = partial(run.take, step)
-    totals, suspects, names = torch.zeros(1, dtype=torch.float64), [], []
+    totals, names = torch.zeros(1, dtype=torch.float64), []
+    losses: list[torch.Tensor] = []
     for n, portion in enumerate(portions, start=1):
         engine.set_gradient_accumulation_boundary(n == len(portions))
         beside: Batch | None = run.batcher.batch(take(_beside(run, portion))) if n_beside else None
@@ -51,10 +52,10 @@ def take_step(run: Started, step: int, *, checkpoint: int) -> dict[str, Any]:
         engine.backward(wanted, scale_wrt_gas=False)
         totals = totals + stacked(loss, {**sums, "kl": divergence})
         names = list(sums)
-        if not torch.isfinite(wanted):
-            suspects.append(portion)
+        losses.append(wanted.detach())
     totals = sum_over_workers(totals, device=engine.device, worker=worker).cpu()
     if not torch.isfinite(totals).all():
+        suspects = [portion for portion, loss in zip(portions, losses, strict=True) if not torch.isfinite(loss)]
         refuse_bad_loss(run, suspects, step=step + 1, checkpoint=checkpoint)
     engine.step()
     if run.average:

@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 """One row of a shard: the fields of `models.tasks.Encoded`, each where the task has it. `digest` tells rows apart, `group` those that
 stay together; `text` is there where it is to be changed each time."""
 Answer = Callable[[int, dict[str, Any]], Any]
-"""The labels of a row by its number over all shards, from those of its tokens."""
+"""The labels of a row by its number in its part, from those of its tokens."""
 
 
 class Shards:
@@ -94,42 +94,43 @@ class TokenRows:
         """What the loss averages over, for each row."""
         self._lists = ["input_ids", "labels", *(["parts"] if self._shards.has("parts") else [])]
         self._has_content = self._shards.has("content")
-        self._answer = _answers(self._shards, data)
+        self._answer = _answers(self._shards, self.numbers, data)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def take(self, rows: Rows) -> list[dict[str, Any]]:
         """Rows by number: input_ids and labels (of tokens, or of the row), and `parts` and `content` where there are some."""
-        return [self._row(int(self.numbers[n])) for n in rows]
+        return [self._row(int(n)) for n in rows]
 
     def text(self, row: int) -> str:
         """What a row was made of, where it was kept."""
         return str(self._shards.value(int(self.numbers[row]), "text"))
 
-    def _row(self, number: int) -> dict[str, Any]:
+    def _row(self, n: int) -> dict[str, Any]:
+        number = int(self.numbers[n])
         row: dict[str, Any] = self._shards.lists(number, self._lists)
         if self._has_content:
             row["content"] = self._shards.content(number)
         if self._answer:
-            row["labels"] = self._answer(number, row)
+            row["labels"] = self._answer(n, row)
         return row
 
 
-def _answers(shards: Shards, data: PreparedData) -> Answer | None:
+def _answers(shards: Shards, numbers: Rows, data: PreparedData) -> Answer | None:
     """What turns names of classes into numbers of the head's outputs; None where rows have no classes."""
     if data.problem_type == "regression":
-        numbers = shards.column("number")
-        return lambda number, _: numbers[number : number + 1]
+        values = shards.column("number")[numbers]
+        return lambda n, _: values[n : n + 1]
     if data.labels is None:
         return None
-    places = {label: n for n, label in enumerate(data.labels)}
     if data.problem_type == "single_label_classification":
-        codes = np.array([places.get(label, IGNORED) for label in shards.column("label")], dtype=np.int64)
-        return lambda number, _: codes[number : number + 1]
+        codes = np.searchsorted(np.asarray(data.labels), shards.column("label")[numbers].astype(str))
+        return lambda n, _: codes[n : n + 1]
+    places = {label: place for place, label in enumerate(data.labels)}
     if data.problem_type == "multi_label_classification":
-        return lambda number, _: _many(shards.value(number, "classes"), places)
-    return lambda number, row: _of_words(row["labels"], shards.value(number, "classes"), places)
+        return lambda n, _: _many(shards.value(int(numbers[n]), "classes"), places)
+    return lambda n, row: _of_words(row["labels"], shards.value(int(numbers[n]), "classes"), places)
 
 
 def _many(classes: Sequence[str], places: dict[str, int]) -> npt.NDArray[np.float32]:

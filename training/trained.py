@@ -13,7 +13,7 @@ from hone.methods import METHODS, MethodName
 from hone.recipe import Recipe
 from hone.registry import Registry
 from hone.storage import Home
-from models.tasks import TASKS, Head, Inputs, Task
+from models.tasks import TASKS, Head, Inputs, Task, inputs_by
 from training.job import Job
 from training.model import choose_dtype, load_weights
 from training.tokenise import longest
@@ -58,9 +58,7 @@ class Trained:
 
     def inputs(self) -> Inputs:
         """What turns rows into tensors."""
-        if self.task.unit == "tokens":
-            return Inputs(self._pad_token_id)
-        return Inputs(processor=self.processor())
+        return inputs_by(self.processor())
 
     def load(self) -> tuple[Any, set[str]]:
         """The trained model, and names of the base's parameters that it had to start anew (a new head)."""
@@ -71,17 +69,13 @@ class Trained:
             base_folder=self.base_folder,
             head=self.head,
             dtype=self.dtype,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self.inputs().pad_token_id,
         )
 
     def load_base(self) -> tuple[Any, set[str]]:
         """The base for this task, and names of its parameters that it does not have."""
-        model, fresh = self.task.load_model(self.base_folder, head=self.head, dtype=self.dtype, pad_token_id=self._pad_token_id)
+        model, fresh = self.task.load_model(self.base_folder, head=self.head, dtype=self.dtype, pad_token_id=self.inputs().pad_token_id)
         return model.eval(), fresh
-
-    @property
-    def _pad_token_id(self) -> int:
-        return getattr(self.processor(), "pad_token_id", None) or 0
 
 
 def trained_by(job: Job) -> Trained:

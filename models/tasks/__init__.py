@@ -6,7 +6,7 @@ from models.tasks.completion import Completion
 from models.tasks.image_classification import ImageClassification
 from models.tasks.preference import Preference
 from models.tasks.seq2seq import Seq2Seq
-from models.tasks.task import Batch, Encoded, Head, Inputs, LossOptions, Task
+from models.tasks.task import Batch, Encoded, Head, Inputs, LossOptions, Task, inputs_by
 from models.tasks.text_classification import TextClassification
 from models.tasks.token_classification import TokenClassification
 
@@ -24,4 +24,4 @@ TASKS: dict[str, Task] = {
     )
 }
 
-__all__ = ["TASKS", "Batch", "Encoded", "Head", "Inputs", "LossOptions", "Task"]
+__all__ = ["TASKS", "Batch", "Encoded", "Head", "Inputs", "LossOptions", "Task", "inputs_by"]

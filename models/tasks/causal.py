@@ -11,51 +11,26 @@ from torch.nn.functional import cross_entropy
 from hone.base_model import BaseModel
 from hone.errors import BaseModelError
 from models.linear_cross_entropy import linear_cross_entropy
+from models.tasks.language import LanguageTask
 from models.tasks.task import IGNORED, PLAIN, Batch, Head, Inputs, LossOptions, Sums, TokenRow, ids_of, pad
-from models.tasks.tokenizer import load_tokenizer
 
 
-class CausalTask:
+class CausalTask(LanguageTask):
     """A causal language model that predicts tokens."""
 
     name: ClassVar[str]
-    unit: ClassVar[str] = "tokens"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     can_be_packed: ClassVar[bool] = True
-    rows_at_once: ClassVar[int] = 256
 
     def check_base(self, base: BaseModel) -> None:
         if not base.is_decoder:
             kinds = ", ".join(base.config.get("architectures") or ["unknown"])
             raise BaseModelError(f"{base.id.name}: task {self.name} needs a causal language model, and this is {kinds}")
 
-    def load_processor(self, folder: Path) -> Any:
-        return load_tokenizer(folder)
-
-    def find_head(self, counted: Mapping[str, int], answers: set[str]) -> Head:  # noqa: ARG002 - the protocol's signature
-        return Head()
-
     def model_class(self) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
-
-    def load_model(
-        self,
-        folder: Path,
-        *,
-        head: Head,  # noqa: ARG002
-        dtype: torch.dtype,
-        pad_token_id: int,  # noqa: ARG002
-        options: dict[str, Any] | None = None,
-    ) -> tuple[Any, set[str]]:
-        return self.model_class().from_pretrained(folder, dtype=dtype, use_safetensors=True, **(options or {})), set()
-
-    def head_modules(self, model: Any, fresh: Collection[str] = ()) -> list[str]:  # noqa: ARG002
-        return []
-
-    def nothing(self, inputs: Inputs) -> TokenRow:
-        return {"input_ids": [inputs.pad_token_id] * 2, "labels": [IGNORED] * 2}
 
     def collate(self, rows: Sequence[TokenRow], *, inputs: Inputs, packed: bool) -> Batch:
         return collate(rows, pad_token_id=inputs.pad_token_id, packed=packed)

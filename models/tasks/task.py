@@ -73,6 +73,11 @@ class Inputs:
     """The image processor or feature extractor, where there is one."""
 
 
+def inputs_by(processor: Any) -> Inputs:
+    """With a tokenizer, an image processor or a feature extractor."""
+    return Inputs(getattr(processor, "pad_token_id", None) or 0, processor)
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """What a loss can be told while training."""

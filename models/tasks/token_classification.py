@@ -13,11 +13,12 @@ from hone.base_model import BaseModel
 from hone.data.formats import Row
 from hone.errors import DataError
 from models.tasks.classification import ClassificationTask
+from models.tasks.language import LabelledTokens
 from models.tasks.task import IGNORED, PLAIN, Batch, Encoded, Head, Inputs, LossOptions, Sums, TokenRow, ids_of, pad
 from models.tasks.tokenizer import load_tokenizer
 
 
-class TokenClassification(ClassificationTask):
+class TokenClassification(LabelledTokens, ClassificationTask):
     """Cross entropy at the first token of each word, averaged over the words of the global batch."""
 
     name: ClassVar[str] = "token-classification"
@@ -46,29 +47,12 @@ class TokenClassification(ClassificationTask):
 
         return AutoModelForTokenClassification
 
-    def nothing(self, inputs: Inputs) -> TokenRow:
-        return {"input_ids": [inputs.pad_token_id] * 2, "labels": [IGNORED] * 2}
-
-    def collate(self, rows: Sequence[TokenRow], *, inputs: Inputs, packed: bool) -> Batch:  # noqa: ARG002
-        labels = pad_sequence([ids_of(row, "labels") for row in rows], batch_first=True, padding_value=IGNORED)
-        return {**pad(rows, inputs.pad_token_id), "labels": labels}
-
-    def loss(self, model: Any, batch: Batch, options: LossOptions = PLAIN) -> tuple[torch.Tensor, Sums]:
-        """Summed cross entropy over the words, and how many classes were named right."""
-        logits, labels = self._logits(model, batch).flatten(0, 1).float(), batch["labels"].flatten()
-        summed = cross_entropy(logits, labels, reduction="sum", label_smoothing=options.label_smoothing)
-        return summed, {"token_accuracy": ((logits.argmax(-1) == labels) & (labels >= 0)).sum()}
-
-    def log_probs(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        row, at = (batch["labels"] >= 0).nonzero(as_tuple=True)
-        return self._logits(model, batch)[row, at].float().log_softmax(-1), row
-
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         """Of each row's last token: [rows, classes]."""
         last = batch["attention_mask"].sum(-1) - 1
-        return self._logits(model, batch)[torch.arange(len(last), device=last.device), last]
+        return self.logits(model, batch)[torch.arange(len(last), device=last.device), last]
 
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return logits[:, -batch["input_ids"].shape[1] :]  # learnt vectors before the words have logits too
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from hone.base_model import find_base_model
 from hone.errors import RecipeError
 from hone.methods import METHODS as METHOD_FACTS
 from hone.methods import how_served, why_not
@@ -21,8 +20,8 @@ from models.methods import METHODS
 from models.tasks import TASKS, LossOptions
 from tests.samples import multi_label, regression, write_sample
 from tests.tiny import BASE_OF, MAKERS
-from training.data import prepare_data
-from training.export import golden_row
+from tests.zero_matrix import prepared
+from training.export import gathered_state, golden_row
 from training.job import Job
 from training.model import build_model, load_trained
 from training.optim import make_optimizer
@@ -48,7 +47,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def jobs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
     root = tmp_path_factory.mktemp("jobs")
     home = Home(root / "home")
-    home.ready()
 
     def make(task: str, method: str, extra: dict[str, Any], sample: Any = None) -> Job:
         rows = root / (sample.__name__ if sample else task)
@@ -66,20 +64,8 @@ def jobs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ca
             },
             where="test",
         )
-        base = find_base_model(recipe.base, home=home)
-        folder = root / "run"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return Job(
-            run_id="r",
-            folder=folder,
-            recipe=recipe,
-            base_folder=base.folder,
-            base_id=base.id,
-            data=prepare_data(recipe, base, home=home),
-            use_gpu=False,
-            resources_per_worker={},
-        )
+        shutil.rmtree(root / "run", ignore_errors=True)
+        return prepared(recipe, root / "run", home=home)
 
     return make
 
@@ -144,9 +130,7 @@ def check(job: Job) -> None:
     assert losses[-1] < 0.97 * losses[0]
     wanted = task.outputs(model, golden)
 
-    state = {name: p.clone() for name, p in model.named_parameters(remove_duplicate=False) if method.trained(name, p)}
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state |= {name: value for name, value in model.state_dict().items() if name not in known}
+    state = gathered_state(model, method, sharded=False, keep=True)
     folder = job.folder / "export"
     folder.mkdir()
     method.save(model, job.recipe.method, state, folder)
