@@ -8,7 +8,7 @@ from hone.errors import BaseModelError
 from hone.manifest import AdapterManifest
 from hone.tasks import CAUSAL, TaskName
 from hone.tasks import TASKS as FACTS
-from models.tasks import TASKS, Inputs
+from models.tasks import TASKS
 
 Kind = Literal["decoder", "encoder-decoder", "encoder", "vision", "audio"]
 Medium = Literal["text", "image", "audio"]

@@ -1,8 +1,7 @@
 """What the tasks of causal language models share: batches, packed or padded, and the loss at the targets alone."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from hone.base_model import BaseModel
 from hone.errors import BaseModelError
 from models.linear_cross_entropy import linear_cross_entropy
 from models.tasks.language import LanguageTask
-from models.tasks.task import IGNORED, PLAIN, Batch, Head, Inputs, LossOptions, Sums, TokenRow, ids_of, pad
+from models.tasks.task import IGNORED, PLAIN, Batch, Inputs, LossOptions, Sums, TokenRow, ids_of, pad
 
 
 class CausalTask(LanguageTask):

@@ -1,20 +1,16 @@
 """`seq2seq`: an encoder-decoder writes one text from another: summaries, translation."""
 
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 from hone.base_model import BaseModel
 from hone.data.formats import Row
 from hone.errors import BaseModelError, DataError
 from models.tasks.language import LabelledTokens, LanguageTask
-from models.tasks.task import IGNORED, PLAIN, Batch, Encoded, Head, Inputs, LossOptions, Sums, TokenRow, ids_of, pad
-from models.tasks.tokenizer import load_tokenizer
+from models.tasks.task import IGNORED, Batch, Encoded
 
 
 class Seq2Seq(LabelledTokens, LanguageTask):

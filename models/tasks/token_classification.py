@@ -6,15 +6,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 from hone.base_model import BaseModel
 from hone.data.formats import Row
 from hone.errors import DataError
 from models.tasks.classification import ClassificationTask
 from models.tasks.language import LabelledTokens
-from models.tasks.task import IGNORED, PLAIN, Batch, Encoded, Head, Inputs, LossOptions, Sums, TokenRow, ids_of, pad
+from models.tasks.task import IGNORED, Batch, Encoded, Head
 from models.tasks.tokenizer import load_tokenizer
 
 
