@@ -60,7 +60,7 @@ def test_a_file_that_cannot_be_read_is_named_at_once(base: BaseModel, tmp_path: 
 
 def test_a_base_that_the_nodes_do_not_see_is_one_line(base: BaseModel, tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_BYTES", (10, 10))
-    monkeypatch.setattr("models.tasks.causal.load_tokenizer", lambda _: None)
+    monkeypatch.setattr("models.tasks.language.load_tokenizer", lambda _: None)
     there = tmp_path / "base"
     shutil.copytree(base.folder, there)
     elsewhere = find_base_model(str(there), home=home)
