@@ -122,7 +122,7 @@ def _recipe(name: str, **train: Any) -> Recipe:
             "data": {"train": str(data / "train.jsonl"), "validation": str(data / "val.jsonl"), "max_length": 64},
             "method": chosen["method"],
             "optim": chosen["optim"],
-            "train": {"global_batch_size": 32, "micro_batch_size": 32, **chosen.get("train", {}), **train},
+            "train": {"global_batch_size": 32, "micro_batch_size": 8, **chosen.get("train", {}), **train},
             "guard": {"metric": "eval_accuracy", "mode": "max"},
             "zero": {"stage": 0},
         },
