@@ -32,7 +32,7 @@ class Ran:
 
 
 def run_here(recipe: Recipe, *, home: Home, name: str) -> Ran:
-    """Prepare the recipe's data in this process and train in another, on all cores."""
+    """Prepare the recipe's data in this process and train in another, on all cores or as many as OMP_NUM_THREADS says."""
     job = prepare_job(recipe, home=home, run_id=name, plan=without_cluster)
     peak = _train(job.folder)
     lines = read_metrics(job.folder)
@@ -42,7 +42,8 @@ def run_here(recipe: Recipe, *, home: Home, name: str) -> Ran:
 def _train(folder: Path) -> float:
     """MiB of resident memory, at most."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = {**os.environ, **alone, "OMP_NUM_THREADS": str(os.cpu_count() or 1), "TQDM_DISABLE": "1"}
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    environment = {**os.environ, **alone, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
     log = folder / "worker.log"
     with log.open("wb") as out:
         worker = subprocess.Popen(

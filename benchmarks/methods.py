@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-TIMED_STEPS, WARM_UP = 25, 5
+TIMED_STEPS, WARM_UP = 15, 3
 
 
 def main() -> None:

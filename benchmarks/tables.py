@@ -156,14 +156,14 @@ def methods_page() -> str:
             "# Every method on the same data",
             "",
             "Sentiment of 8,530 sentences of film reviews on MiniLM-L6 (22.7 million parameters); accuracy on 1,066 other ones, at the",
-            f"best validation in {epochs:g} epochs (32 rows a step, 267 steps an epoch), one process on all cores. One seed: two part by a",
-            "point.",
+            f"best validation in {epochs:g} epochs (32 rows a step, 267 steps an epoch). One seed: two part by a point, and so few steps",
+            "are too few for prompts. One process on all cores.",
             "",
             "| method | accuracy | parameters that train | ms a step, median (spread) | peak memory, MiB | learning rate |",
             "| --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
-            _footer(result),
+            f"`python -m benchmarks.methods --epochs {epochs:g}`, and for the times {_footer(result)}",
             "",
         ]
     )
