@@ -8,7 +8,7 @@ ROOMS := hone models training serving cluster
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports test-unit test-integration test-matrix k8s-check bench bench-methods bench-tables docs clean
+.PHONY: help install demo test lint format types imports test-unit test-integration test-matrix test-heavy k8s-check bench bench-methods bench-tables docs clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ k8s-check: install  ## Manifests and cluster launcher files against their schema
 
 test-matrix: install  ## Every pair of task and method under ZeRO-0, 2 and 3 on two workers (about 8 minutes)
 	HONE_TEST_MATRIX=all $(BIN)/python -m pytest tests/integration/test_zero_matrix.py --timeout 3000
+
+test-heavy: install  ## Runs killed twenty times, and Ray nodes that are drained, die and join (about 20 minutes)
+	HONE_TEST_HEAVY=1 $(BIN)/python -m pytest tests/integration/test_kills.py tests/integration/test_nodes.py --timeout 3000
 
 bench: install  ## Measure step time against torchrun, a new version's first answer, and accuracy on real data
 	$(BIN)/python -m benchmarks.step_time

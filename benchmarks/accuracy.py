@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.harness import last_figures, save
 from hone.recipe import Recipe, parse_recipe
+from hone.run_folder import read_metrics
 from hone.storage import Home
-from training.metrics import read_metrics
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "full"}, "optim": {"learning_rate": 5e-5}},

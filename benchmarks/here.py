@@ -9,10 +9,10 @@ from typing import Any
 
 from hone.ports import free_port
 from hone.recipe import Recipe
+from hone.run_folder import read_metrics
 from hone.storage import Home
 from training.job import Job
 from training.launch import final_metrics, prepare_job
-from training.metrics import read_metrics
 from training.resources import without_cluster
 
 

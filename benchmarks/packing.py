@@ -88,7 +88,7 @@ def _recipe(folder: Path, data: Path) -> Recipe:
 
 
 def _hone(folder: Path, losses: dict[str, list[float]], *overrides: str) -> float:
-    from training.metrics import read_metrics
+    from hone.run_folder import read_metrics
 
     home, run_id = Home(folder / "home"), f"run-{time.time_ns()}"
     command = [sys.executable, "-m", "training", str(folder / "recipe.json"), *overrides, "--home", str(home.root), "--run-id", run_id]

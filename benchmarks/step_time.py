@@ -98,21 +98,18 @@ def _environment() -> dict[str, str]:
 
 
 def _fit(folder: Path) -> None:
-    import shutil
-
     import ray
 
     from training.job import Job
     from training.launch import fit
 
-    shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray Train would go on from the last repeat's end
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     fit(Job.load(folder))
     ray.shutdown()
 
 
 def _median_step(folder: Path) -> float:
-    from training.metrics import read_metrics
+    from hone.run_folder import read_metrics
 
     return float(statistics.median([m["step_s"] for m in read_metrics(folder) if "step_s" in m][WARM_UP:]))
 

@@ -45,6 +45,8 @@ def tables() -> str:
         "forgetting": _forgetting,
         "transfer": _transfer,
         "new_version": _new_version,
+        "restart": _restart,
+        "checkpoints": _checkpoints,
     }
     found = [(name, RESULTS / f"{name}.json") for name in makers]
     return "\n\n".join(makers[name](json.loads(path.read_text())) for name, path in found if path.exists())
@@ -67,6 +69,24 @@ def _packing(result: dict[str, Any]) -> str:
     header = ["| against | its useful tokens a second | hone packed, times as many (spread) |", "| --- | --- | --- |"]
     title = "**LoRA on math word problems: rows end to end, attention within each, logits at targets only**"
     return "\n".join([title, "", *header, *rows, "", _footer(result)])
+
+
+def _restart(result: dict[str, Any]) -> str:
+    rows = [f"| {name} | {f['median']:.1f} s ({f['min']:.1f} to {f['max']:.1f}) |" for name, f in result["figures"].items()]
+    title = "**From SIGKILL of a worker to the next new step, and from the command to the first one**"
+    return "\n".join([title, "", "| | median (spread) |", "| --- | --- |", *rows, "", _footer(result)])
+
+
+def _checkpoints(result: dict[str, Any]) -> str:
+    figures, notes = result["figures"], result["notes"]
+    rows = [
+        f"| time of all steps, to the same run without | {_spread(figures['ratio'])} |",
+        f"| share of time that training stood still | {figures['waits']['median']:.2%} |",
+        f"| for each checkpoint | {figures['wait_ms']['median']:.0f} ms |",
+        f"| written beside the training | {figures['mib']['median']:.0f} MiB in {figures['written_s']['median']:.1f} s |",
+    ]
+    title = f"**A checkpoint of weights and moments every {notes['checkpoint_every']} steps of full fine-tuning**"
+    return "\n".join([title, "", "| | median (spread) |", "| --- | --- |", *rows, "", _footer(result)])
 
 
 def _preparing(result: dict[str, Any]) -> str:

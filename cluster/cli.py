@@ -19,6 +19,7 @@ from cluster.cli_jobs import jobs, submit
 from cluster.cli_methods import methods
 from cluster.cli_recipe import recipe
 from cluster.cli_run import HomeOption, train, tune
+from cluster.cli_runs import runs
 from cluster.cli_serve import serve
 from cluster.terminal import notes, output
 from hone.errors import HoneError
@@ -31,6 +32,7 @@ app.command()(evaluate)
 app.command()(export)
 app.command()(methods)
 app.add_typer(jobs, name="jobs")
+app.add_typer(runs, name="runs")
 app.add_typer(adapters, name="adapters")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")

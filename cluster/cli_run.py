@@ -1,6 +1,7 @@
 """`hone train` and `hone tune`: a recipe here, in a child process that this one waits for."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +42,6 @@ def tune(recipe: RecipeFile, overrides: Overrides = None, home: HomeOption = Non
 
 
 def _run(path: Path, overrides: list[str], *, home: str | None, address: str | None, is_search: bool, folds: int | None = None) -> None:
-    from cluster.child import run_child
-    from cluster.connect import local_environment, local_ray
     from cluster.entrypoint import training_argv
     from hone.ids import new_run_id
     from hone.recipe import load_recipe
@@ -55,17 +54,27 @@ def _run(path: Path, overrides: list[str], *, home: str | None, address: str | N
     place.ready()
     run_id = new_run_id(recipe.name)
     argv = training_argv(path, overrides, is_search=is_search, folds=folds, home=place.root, run_id=run_id, address=address)
+    code = run_training(argv, address=address, has_trials=is_search or bool(folds))
+    if code in (130, 143):
+        left = (place.runs / run_id).is_dir()
+        where = f"; what it wrote is in {place.runs / run_id}" if left else ""
+        can_go_on = left and not is_search and not folds
+        again = f"`hone runs resume {run_id}` goes on with it" if can_go_on else "the same command starts it again"
+        notes().print(f"hone: stopped{where}; {again}", markup=False)
+    raise typer.Exit(code)
+
+
+def run_training(argv: Sequence[str], *, address: str | None, has_trials: bool = False) -> int:
+    """Run the training in a child process, with a Ray of its own where no cluster is named; its exit code."""
+    from cluster.child import run_child
+    from cluster.connect import local_environment, local_ray
+
     is_local = not (address or os.environ.get("RAY_ADDRESS"))
-    if is_local and (is_search or folds):
+    if is_local and has_trials:
         # A trial that was stopped gives back its CPUs through Ray's dashboard, which a Ray inside the child would not have.
         with local_ray() as ray:
-            code = run_child(argv, environment=ray.environment)
-    else:
-        code = run_child(argv, environment=local_environment() if is_local else {})
-    if code in (130, 143):
-        left = f"; what it wrote is in {place.runs / run_id}" if (place.runs / run_id).is_dir() else ""
-        notes().print(f"hone: stopped{left}; the same command starts it again", markup=False)
-    raise typer.Exit(code)
+            return run_child(argv, environment=ray.environment)
+    return run_child(argv, environment=local_environment() if is_local else {})
 
 
 def check_has_search(search: object, path: Path) -> None:

@@ -24,3 +24,9 @@ def training_argv(
         if value is not None:
             options += [name, str(value)]
     return [*python, "-m", MODULE, str(recipe), *overrides, *options]
+
+
+def resuming_argv(run_id: str, overrides: Sequence[str], *, home: str | Path, address: str | None = None) -> list[str]:
+    """What to run to go on with a run."""
+    options = ["--resume", run_id, "--home", str(home), *(["--address", address] if address else [])]
+    return [sys.executable, "-P", "-m", MODULE, *overrides, *options]

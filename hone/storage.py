@@ -78,6 +78,19 @@ def write_text(path: Path, text: str) -> None:
     _write_whole(path, [text])
 
 
+def write_new(path: Path, text: str) -> bool:
+    """Write a file in one step where there is none of that name; whether there was none."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    write_text(beside, text)
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        return False
+    finally:
+        beside.unlink()
+    return True
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> int:
     """Write lines in one step, without holding them all; how many there were."""
     count = 0

@@ -102,6 +102,20 @@ class Store:
             session.add(JobEvent(job_id=job_id, at=now, status=status, message=message))
             return True
 
+    def reopen_job(self, job_id: str) -> None:
+        """Let a job that has ended badly, or that nobody saw the end of, run again.
+
+        Raises:
+            HoneError: no such job, or one that did well.
+        """
+        now = datetime.now(UTC)
+        with self._transaction() as session:
+            job = session.get(Job, job_id, with_for_update=True)
+            if job is None or job.status == "succeeded":
+                raise HoneError(f"{job_id!r} cannot go on: " + ("it is done" if job else "`hone runs list` shows those that are known"))
+            job.status, job.updated_at, job.result = "running", now, None
+            session.add(JobEvent(job_id=job_id, at=now, status="running", message="resumed"))
+
     def job(self, job_id: str) -> Job | None:
         with Session(self._engine, expire_on_commit=False) as session:
             return session.get(Job, job_id)

@@ -1,4 +1,4 @@
-"""Two workers that train many prepared jobs one after another, under DeepSpeed and without Ray.
+"""Workers that train many prepared jobs one after another, under DeepSpeed and without Ray.
 
 A run of Ray Train for each job would take minutes to start in all; what is tried this way is the loop. The workers are
 `python -m tests.zero_matrix FOLDER`.
@@ -28,21 +28,47 @@ def prepared(recipe: Recipe, folder: Path, *, home: Home) -> Job:
     return prepare_job(recipe, home=home, run_id=folder.name, folder=folder, plan=without_cluster)
 
 
-def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float) -> None:
-    """Train the jobs; `failure` of each says how it ended."""
-    (root / "cases.json").write_text(json.dumps([str(job.folder) for job in jobs]))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+class Gone(Exception):
+    """This worker's machine was taken away."""
+
+
+class Doomed(TorchrunWorker):
+    """Has notice at step `last - 1` of what it does that its machine goes after the next one."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self._left = last
+
+    def noticed(self) -> bool:
+        self._left -= 1
+        if self._left < 0:
+            raise Gone
+        return self._left <= 1
+
+
+def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float, workers: int = 2, steps: int = 0) -> None:
+    """Train the jobs; `failure` of each says how it ended.
+
+    Args:
+        root: Where the workers are told of them.
+        jobs: What to train.
+        timeout_s: For all of them.
+        workers: How many.
+        steps: After so many the workers of each job are gone, with one step's notice; by default they stay to the end.
+    """
+    (root / "cases.json").write_text(json.dumps({"folders": [str(job.folder) for job in jobs], "steps": steps}))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, "-W", "ignore", "-m", "tests.zero_matrix", str(root)]
-    workers = []
-    for rank in range(2):
+    started = []
+    for rank in range(workers):
         with (root / f"worker-{rank}.log").open("wb") as log:
             environment = {**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(subprocess.Popen(argv, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            started.append(subprocess.Popen(argv, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        for worker in workers:
+        for worker in started:
             worker.wait(timeout=timeout_s)
     finally:
-        for worker in workers:
+        for worker in started:
             if worker.poll() is None:
                 worker.kill()
                 worker.wait()
@@ -61,11 +87,14 @@ def failure(job: Job) -> str:
 
 def main() -> None:
     """Train each job; a file `rank-N.json` in its folder says how it ended."""
-    worker = TorchrunWorker()
-    for case in json.loads((Path(sys.argv[1]) / "cases.json").read_text()):
+    told = json.loads((Path(sys.argv[1]) / "cases.json").read_text())
+    for case in told["folders"]:
         folder, said = Path(case), ""
+        worker = Doomed(told["steps"]) if told["steps"] else TorchrunWorker()
         try:
             train(Job.load(folder), worker)
+        except Gone:
+            pass
         except Exception:
             said = traceback.format_exc()
         (folder / f"rank-{worker.rank}.json").write_text(json.dumps(said))

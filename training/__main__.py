@@ -17,9 +17,9 @@ from hone.errors import HoneError, RunFailedError
 from hone.ids import new_run_id
 from hone.ports import free_port
 from hone.recipe import Recipe, load_recipe
+from hone.run_folder import RESULT_FILE, sign_in
 from hone.storage import Home, write_json
 from hone.store import Store
-from training.job import RESULT_FILE
 
 SAID_BY_ITSELF = ("bad_rows", "cut_targets", "empty_targets")
 
@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=False, quiet=args.quiet, soft_wrap=True)
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
         home = Home(args.home)
+        recipe = None if args.resume else load_recipe(args.recipe, args.overrides)
         home.ready()
-        run_id = args.run_id or new_run_id(recipe.name)
+        run_id = args.resume or args.run_id or new_run_id(recipe.name if recipe else "")
         with _recorded(home, run_id, args) as store, _ray(args.address, has_trials=args.search or bool(args.folds)):
-            result = _run(recipe, home=home, run_id=run_id, args=args, console=console)
+            result = _resume(home, run_id, args, console) if recipe is None else _run(recipe, home, run_id, args, console)
             store.move_job(run_id, "succeeded", message=result["adapter"] or "")
     except HoneError as error:
         print(f"hone: {error.message}", file=sys.stderr)  # noqa: T201
@@ -46,43 +46,66 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(recipe: Recipe, *, home: Home, run_id: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def _run(recipe: Recipe, home: Home, run_id: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train, search or cross-validate, check, publish, and leave result.json in the run folder."""
     began = time.monotonic()
     # Heavy: torch and transformers. Imported once the recipe is known to be sound.
-    from training.evaluation.result import verdict_of
-    from training.evaluation.watch import bars
     from training.folds import cross_validate, say
-    from training.launch import fit, prepare_job
-    from training.progress import DataProgress, RunProgress
-    from training.publish import check_export, publish
+    from training.launch import prepare_job
+    from training.progress import DataProgress
     from training.tuning import search
 
-    trial: dict[str, Any] | None = None
-    folds: dict[str, Any] | None = None
+    lineage: dict[str, Any] = {}
     folder: Path | None = None
     if args.folds:
         validated = cross_validate(recipe, args.folds, home=home, run_id=run_id, console=console)
         say(validated.folds, console)
         recipe, folder = validated.recipe, home.runs / run_id
-        folds = validated.folds.model_dump(mode="json")
+        lineage["folds"] = validated.folds.model_dump(mode="json")
     if args.search:
         found = search(recipe, home=home, run_id=run_id, console=console)
-        job, metrics, trial = found.job, found.metrics, found.lineage
+        trial, metrics = found.lineage, found.metrics
         console.print(f"best of {trial['of']} trials: {trial['values']}, {trial['metric']} {metrics[trial['metric']]:.4f}")
-    else:
-        with DataProgress(console=console) as watch:
-            job = prepare_job(recipe, home=home, run_id=run_id, folder=folder, watch=watch)
-        _say_what_was_prepared(job.data, console)
-        with RunProgress(lambda: {job.folder: recipe.name}, console=console):
-            metrics = fit(job)
+        return _finish(found.job, metrics, home=home, began=began, console=console, trial=trial, **lineage)
+    with DataProgress(console=console) as watch:
+        job = prepare_job(recipe, home=home, run_id=run_id, folder=folder, watch=watch)
+    _say_what_was_prepared(job.data, console)
+    return _finish(job, _fit(job, console), home=home, began=began, console=console, **lineage)
+
+
+def _resume(home: Home, run_id: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Go on with a run that ended too early."""
+    began = time.monotonic()
+    from training.progress import DataProgress
+    from training.resume import resume_job
+
+    with DataProgress(console=console) as watch:
+        job = resume_job(run_id, [*([args.recipe] if args.recipe else []), *args.overrides], home=home, watch=watch)
+    return _finish(job, _fit(job, console), home=home, began=began, console=console)
+
+
+def _fit(job: Any, console: Console) -> dict[str, float]:
+    from training.launch import fit
+    from training.progress import RunProgress
+
+    sign_in(job.folder)
+    with RunProgress(lambda: {job.folder: job.recipe.name}, console=console):
+        return fit(job)
+
+
+def _finish(job: Any, metrics: dict[str, float], *, home: Home, began: float, console: Console, **lineage: Any) -> dict[str, Any]:
+    """Check what was trained, publish it, and say so."""
+    from training.evaluation.result import verdict_of
+    from training.evaluation.watch import bars
+    from training.publish import check_export, publish
+
     with bars(console) as looking:
         note = check_export(job, watch=looking)
     for line in [note] if note else verdict_of(job.folder):
         console.print(line, markup=False)
-    adapter = str(publish(job, metrics, home=home, trial=trial, folds=folds).ref) if recipe.publish.enabled else None
-    folder = home.runs / run_id
-    result = {"status": "succeeded", "run_id": run_id, "adapter": adapter, "metrics": metrics, "seconds": time.monotonic() - began}
+    adapter = str(publish(job, metrics, home=home, **lineage).ref) if job.recipe.publish.enabled else None
+    result = {"status": "succeeded", "run_id": job.run_id, "adapter": adapter, "metrics": metrics, "seconds": time.monotonic() - began}
+    folder = home.runs / job.run_id.split("/")[0]
     write_json(folder / RESULT_FILE, result)
     console.print(f"{f'published {adapter}' if adapter else 'trained'} in {result['seconds']:.0f} s; run folder {folder}")
     return result
@@ -107,7 +130,9 @@ def _recorded(home: Home, run_id: str, args: argparse.Namespace) -> Iterator[Sto
     """Keep the job's state in the store, whatever way it ends."""
     store = Store(home.store_url)
     try:
-        if store.job(run_id) is None:
+        if args.resume:
+            store.reopen_job(run_id)
+        elif store.job(run_id) is None:
             store.add_job(run_id, kind="tune" if args.search else "train", recipe=str(Path(args.recipe).resolve()), status="running")
         else:
             store.move_job(run_id, "running")
@@ -166,15 +191,19 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training", description="Run one recipe: train, check, publish.")
-    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("recipe", nargs="?", help="recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.learning_rate=2e-4")
     parser.add_argument("--search", action="store_true", help="run the recipe's search: and publish the best trial")
     parser.add_argument("--folds", type=_at_least_two, help="first train on so many folds, each time without one; then on everything")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that ended too early; overrides may change its scaling")
     parser.add_argument("--home", help="where runs and the registry live (default $HONE_HOME or ./.hone)")
     parser.add_argument("--address", help="Ray cluster (default $RAY_ADDRESS, or a Ray of its own)")
     parser.add_argument("--run-id", help="name of the run folder")
     parser.add_argument("--quiet", action="store_true", help="errors only")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if not args.recipe and not args.resume:
+        parser.error("name a recipe, or a run with --resume")
+    return args
 
 
 if __name__ == "__main__":

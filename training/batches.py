@@ -7,12 +7,15 @@ exactly the rows it has not seen.
 import bisect
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+from hone.recipe import Recipe
+from training.job import SourceRows
 
 Rows = npt.NDArray[np.int64]
 
@@ -49,6 +52,17 @@ class BatchPlan:
         """Row numbers of one step (from 0), all workers together."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return _order(self, epoch)[place * self.global_batch_size : (place + 1) * self.global_batch_size]
+
+
+def batch_plan(recipe: Recipe, sources: Sequence[SourceRows]) -> BatchPlan:
+    """The steps of a recipe over these rows."""
+    return BatchPlan(
+        sources=tuple(Mixed(source.rows, source.per_epoch) for source in sources),
+        global_batch_size=recipe.train.global_batch_size,
+        epochs=recipe.train.num_train_epochs,
+        max_steps=recipe.train.max_steps,
+        seed=recipe.train.seed,
+    )
 
 
 @lru_cache(maxsize=2)

@@ -5,12 +5,12 @@ from typing import Any
 import yaml
 
 from hone.methods import HOW_SERVED, Served, how_served
+from hone.run_folder import read_metrics
 from hone.tasks import curl
 from training.evaluation.figures import changed, estimated, spelled
 from training.evaluation.places import PLOTS, REPORT_FILE
 from training.evaluation.result import read_evaluation, verdict_of
 from training.job import Job
-from training.metrics import read_metrics
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -111,7 +111,7 @@ def _lineage(job: Job, trial: dict[str, Any] | None) -> str:
     lines = [
         f"- run `{job.run_id}`",
         f"- base fingerprint `{job.base_id.fingerprint[:16]}`, data digest `{job.data.digest[:16]}`",
-        f"- {job.recipe.scaling.num_workers} workers, ZeRO stage {job.recipe.zero.stage}",
+        f"- {job.recipe.scaling.workers} workers, ZeRO stage {job.recipe.zero.stage}",
     ]
     if len(job.data.sources) > 1:
         lines += [f"- an epoch saw {each.per_epoch:,} of {each.rows:,} rows of {each.name} ({each.role})" for each in job.data.sources]

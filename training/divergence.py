@@ -36,6 +36,11 @@ def refuse_bad_loss(run: Started, suspects: list[Rows], *, step: int, checkpoint
     )
 
 
+def rows_of(run: Started, step: int) -> str:
+    """Where the rows of a step (from 0) stand in the data, the first few of them."""
+    return listed(places_of(run.job.data, run.rows.numbers[run.plan.rows(step)]))
+
+
 @torch.no_grad()
 def _is_finite(run: Started, row: int) -> bool:
     loss, _, _ = run.engine(run.batcher.batch(run.rows.take(np.array([row]))))

@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+
+from training.zero import shard
 
 
 class MovingAverage:
     """In fp32, each rank of what it holds itself: whole parameters, or under ZeRO-3 its shards."""
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, decay: float) -> None:
+        self._parameters = list(parameters)
         self._held = [getattr(parameter, "ds_tensor", parameter).data for parameter in parameters]
-        self._is_sharded = any(hasattr(parameter, "ds_tensor") for parameter in parameters)
+        self.is_sharded = any(hasattr(parameter, "ds_tensor") for parameter in parameters)
         self._decay = decay
         self._mean = [held.float().clone() for held in self._held]
 
@@ -36,14 +37,8 @@ class MovingAverage:
             for held, before in zip(self._held, kept, strict=True):
                 held.copy_(before)
 
-    def save(self, folder: Path, rank: int) -> None:
-        """Write this rank's part; what all ranks hold alike, the first writes."""
-        if rank and not self._is_sharded:
-            return
-        save_file({str(n): mean.contiguous() for n, mean in enumerate(self._mean)}, folder / f"average-{rank}.safetensors")
-
-    def load(self, folder: Path, rank: int) -> None:
-        """Read what `save` wrote."""
-        known = load_file(folder / f"average-{rank if self._is_sharded else 0}.safetensors")
-        for n, mean in enumerate(self._mean):
-            mean.copy_(known[str(n)])
+    def parts(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Of each parameter, what is held here, flat and without padding, and where in the parameter it begins."""
+        for parameter, mean in zip(self._parameters, self._mean, strict=True):
+            start, numel = shard(parameter) if self.is_sharded else (0, mean.numel())
+            yield start, mean.view(-1)[:numel]

@@ -1,5 +1,6 @@
 """Loss and what else is measured on a whole data set, shared out over the workers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ def evaluate(engine: Any, rows: TokenRows, batcher: Batcher, worker: Worker) -> 
     for batch in batcher.batches(rows.take, batcher.portions(np.arange(len(rows)), rows.lengths, scale=2)):
         loss, sums, _ = engine(batch)
         names = list(sums)
-        totals = totals + stacked(loss, sums)
+        totals = totals + stacked([loss, *sums.values()])
     means = sum_over_workers(totals, device=engine.device, worker=worker).cpu() / int(rows.n_targets.sum())
     return dict(zip(["eval_loss", *(f"eval_{name}" for name in names)], means.tolist(), strict=True))
 
 
-def stacked(loss: torch.Tensor, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A loss and what was measured beside it as one float64 vector on the CPU."""
-    return torch.stack([loss.detach().double(), *(value.detach().double() for value in sums.values())]).cpu()
+def stacked(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Scalars as one float64 vector on the CPU, fetched in one go."""
+    return torch.stack([value.detach().double() for value in values]).cpu()

@@ -10,10 +10,14 @@ import traceback
 from pathlib import Path
 
 from hone.errors import HoneError, ResourceError, RunFailedError
+from hone.run_folder import FAILURE_FILE
 from hone.storage import write_json
-from training.job import FAILURE_FILE
 
-PEER_LOST = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "Socket Timeout")
+PEER_LOST = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Broken pipe", "Socket Timeout", "init_process_group")
+
+
+class WorkersOutOfMemoryError(RunFailedError):
+    """A forward or backward pass did not fit."""
 
 
 def record_failure(folder: Path, error: Exception, *, rank: int) -> bool:
@@ -25,7 +29,13 @@ def record_failure(folder: Path, error: Exception, *, rank: int) -> bool:
         return False
     write_json(
         path,
-        {"rank": rank, "is_user_error": isinstance(error, HoneError), "message": _say(error), "traceback": traceback.format_exc()},
+        {
+            "rank": rank,
+            "is_user_error": isinstance(error, HoneError),
+            "is_out_of_memory": _is_out_of_memory(error),
+            "message": _say(error),
+            "traceback": traceback.format_exc(),
+        },
     )
     return True
 
@@ -34,12 +44,14 @@ def raise_recorded_failure(folder: Path) -> None:
     """Raise what a worker wrote down, if one did.
 
     Raises:
-        RunFailedError: with the worker's own reason, and where its traceback is.
+        WorkersOutOfMemoryError: smaller portions might do. RunFailedError: with the worker's own reason, and where its traceback is.
     """
     path = folder / FAILURE_FILE
     if not path.exists():
         return
     failure = json.loads(path.read_text())
+    if failure["is_out_of_memory"]:
+        raise WorkersOutOfMemoryError(f"worker {failure['rank']}: {failure['message']} (traceback in {path})")
     where = "" if failure["is_user_error"] else f" (worker {failure['rank']}; traceback in {path})"
     raise RunFailedError(f"{failure['message']}{where}")
 
@@ -49,6 +61,11 @@ def _say(error: Exception) -> str:
         return error.message
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return ResourceError(f"no disk left on {error.filename or 'the worker'}; free some room and run again").message
-    if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+    if _is_out_of_memory(error):
         return "out of memory; lower train.micro_batch_size or data.max_length, or raise zero.stage"
     return f"{type(error).__name__}: {error}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said

@@ -12,6 +12,7 @@ from rich.console import Console
 from hone.errors import RecipeError, RunFailedError
 from hone.metrics import metrics_of
 from hone.recipe import Recipe, with_overrides
+from hone.run_folder import read_metrics
 from hone.storage import Home, write_text
 from training.evaluation.bootstrap import Bootstrap
 from training.evaluation.evaluate import estimated
@@ -21,7 +22,6 @@ from training.evaluation.result import Metric
 from training.evaluation.table import read_predictions
 from training.job import Job
 from training.launch import final_metrics, prepare_job
-from training.metrics import read_metrics
 from training.progress import DataProgress, RunProgress
 from training.publish import check_export
 from training.trials import labels, read_trials, run_trials

@@ -76,6 +76,8 @@ class Batcher:
     """Deals rows out to workers and makes tensors of them, packed where task and model can be."""
 
     def __init__(self, task: Task, settings: TrainSettings, worker: Worker, *, packed: bool, inputs: Inputs, device: Any) -> None:
+        self.made = 0
+        """Batches so far: a sign of progress."""
         self.packed = packed
         self.inputs = inputs
         self._task = task
@@ -119,6 +121,7 @@ class Batcher:
     def batch(self, rows: list[dict[str, Any]]) -> Batch:
         """Tensors of some rows. Without any, of one that counts for nothing: ZeRO's collectives need every rank there."""
         rows = rows or [self._task.nothing(self.inputs)]
+        self.made += 1
         made = self._task.collate(rows, inputs=self.inputs, packed=self.packed)
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in made.items()}
 

@@ -5,16 +5,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from hone.manifest import BaseModelId
+from hone.places import Folder
 from hone.recipe import Recipe
+from hone.run_folder import CHECKPOINTS_FOLDER, EXPORT_FOLDER, JOB_FILE
 from hone.storage import write_text
 from models.tasks import Head
 from models.tasks.task import ProblemType
-
-JOB_FILE = "job.json"
-METRICS_FILE = "metrics.jsonl"
-RESULT_FILE = "result.json"
-FAILURE_FILE = "failure.json"
-EXPORT_FOLDER = "export"
 
 
 class SourceRows(BaseModel):
@@ -88,6 +84,12 @@ class Job(BaseModel):
     def export_folder(self) -> Path:
         """Where rank 0 leaves the trained weights and the golden outputs."""
         return self.folder / EXPORT_FOLDER
+
+    @property
+    def checkpoints(self) -> Folder:
+        """Where its checkpoints are."""
+        uri = self.recipe.checkpoints.uri
+        return Folder(f"{uri.rstrip('/')}/{self.run_id}") if uri else Folder(self.folder / CHECKPOINTS_FOLDER)
 
     def save(self) -> None:
         write_text(self.folder / JOB_FILE, self.model_dump_json(indent=2) + "\n")

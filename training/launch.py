@@ -10,13 +10,17 @@ from typing import Any
 
 from hone.base_model import find_base_model
 from hone.errors import DataError, HoneError, RunFailedError
-from hone.recipe import Recipe
+from hone.recipe import Recipe, with_overrides
+from hone.run_folder import FAILURE_FILE, attempts, read_metrics, tell
 from hone.storage import Home
 from training.data import prepare_data
-from training.failures import raise_recorded_failure, record_failure
+from training.environment import write_environment
+from training.failures import WorkersOutOfMemoryError, raise_recorded_failure, record_failure
 from training.guard import check_guard
-from training.job import FAILURE_FILE, Job
-from training.metrics import read_metrics
+from training.job import Job
+from training.ledger import SupersededError
+from training.metrics import write_table
+from training.rank_log import logged
 from training.resources import Resources, plan_workers
 from training.token_cache import Watch, unwatched
 
@@ -70,37 +74,55 @@ def prepare_job(
         resources_per_worker=each,
     )
     job.save()
+    write_environment(folder)
+    tell(folder, "prepared", rows=data.train_rows)
     return job
 
 
 def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
     """Run the job on Ray Train workers; its last metrics, those before the first step as `base_eval_...`.
 
+    Where a pass does not fit into memory, the run goes on with portions half as large; the global batch stays.
+
     Raises:
         RunFailedError: the workers stopped for a reason that a restart cannot mend, or failed more often than the recipe allows.
     """
+    while True:
+        try:
+            _run_workers(job, callbacks)
+            return final_metrics(job.folder)
+        except WorkersOutOfMemoryError as error:
+            job = _with_smaller_portions(job, error)
+        finally:
+            write_table(job.folder)
+
+
+def _run_workers(job: Job, callbacks: Sequence[Any]) -> None:
+    scaling = job.recipe.scaling
     # `ray.train.report` blocks for one interval a call; the default of 2 s is felt at every validation.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2" if job.recipe.scaling.num_workers <= 8 else "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2" if scaling.most <= 8 else "1")
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    scaling = job.recipe.scaling
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"folder": str(job.folder)},
         torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers, use_gpu=job.use_gpu, resources_per_worker=job.resources_per_worker
+            num_workers=scaling.most if scaling.most == scaling.fewest else (scaling.fewest, scaling.most),
+            elastic_resize_monitor_interval_s=scaling.resize_every_s,
+            use_gpu=job.use_gpu,
+            resources_per_worker=job.resources_per_worker,
         ),
         run_config=ray.train.RunConfig(
-            name="ray",
+            name=f"ray-{len(attempts(job.folder)) + 1}",  # under a name that it knows, Ray would go on by what it remembers itself
             storage_path=str(job.folder),
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             callbacks=list(callbacks),
         ),
     )
+    tell(job.folder, "launching", workers=scaling.workers)
     try:
         with _interrupts_raised():
             trainer.fit()
@@ -110,7 +132,19 @@ def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
             f"the workers failed more often than scaling.max_failures {scaling.max_failures} allows; the last said: {_last_line(error)}"
         ) from error
     raise_recorded_failure(job.folder)
-    return final_metrics(job.folder)
+
+
+def _with_smaller_portions(job: Job, error: WorkersOutOfMemoryError) -> Job:
+    """Raises the error where a portion is one row already."""
+    train = job.recipe.train
+    if train.micro_batch_size == 1:
+        raise error
+    smaller = with_overrides(job.recipe, {"train.micro_batch_size": train.micro_batch_size // 2})
+    tell(job.folder, "out_of_memory", why=error.message, micro_batch_size=smaller.train.micro_batch_size)
+    made = job.model_copy(update={"recipe": smaller})
+    made.save()
+    (job.folder / FAILURE_FILE).unlink()
+    return made
 
 
 @contextmanager
@@ -139,9 +173,16 @@ def train_loop_per_worker(config: dict[str, str]) -> None:
         raise RunFailedError(f"worker {worker.rank} cannot see the run folder {folder}; all nodes must mount the same home")
     if (folder / FAILURE_FILE).exists():
         return  # restarted after a failure that a restart does not mend
+    if worker.rank == 0:
+        tell(folder, "workers_began", world_size=worker.world_size)
     try:
-        train(Job.load(folder), worker)
+        with logged(folder, worker.rank):
+            train(Job.load(folder), worker)
+    except SupersededError:
+        return
     except Exception as error:
+        if not dist.is_initialized():
+            raise  # Ray has ended the group under a step, to make one of another size
         if not record_failure(folder, error, rank=worker.rank) or not isinstance(error, HoneError):
             raise  # what is no mistake of the recipe's may have met this worker alone, and the others wait for it
     finally:

@@ -1,14 +1,23 @@
 """What every worker runs, top to bottom: steps, validation, checkpoints, export."""
 
-from training.checkpoint import load_checkpoint, save_checkpoint
+from hone.run_folder import tell
+from training.checkpoints.resume import resume
+from training.checkpoints.writer import CheckpointWriter
+from training.divergence import rows_of
 from training.export import export
 from training.guard import picks_best, refuse_without_best
+from training.health import Health
 from training.job import Job
+from training.ledger import Ledger
 from training.metrics import MetricsFile
 from training.retention import refuse_broken_budget
+from training.spikes import LossWatch
 from training.start import start
 from training.step import take_step
 from training.worker import Worker
+
+WRITING = 20.0
+"""Large weights take long to write: so many times as long as a step may, before a worker counts as stalled."""
 
 
 def train(job: Job, worker: Worker) -> None:
@@ -21,40 +30,61 @@ def train(job: Job, worker: Worker) -> None:
     picking = picks_best(recipe, has_validation=bool(len(run.validation)))
     golden_rows = run.validation if len(run.validation) else run.rows
 
-    checkpoint, guard = load_checkpoint(run.engine, worker, run.average)
-    metrics = MetricsFile(
-        job.folder, rank=worker.rank, keep_steps=checkpoint, total_steps=total_steps, trained_parameters=run.groups.trained_parameters
-    )
-    if checkpoint == 0 and run.measures:
-        before = run.measure()
-        metrics.write({"step": 0, **before})
-        refuse_broken_budget(before, recipe.guard.max_retain_loss_increase)
+    resumed = resume(job, run.state, worker, job.checkpoints)
+    guard, saved, noticed = resumed.guard, resumed.step, False
+    losses = LossWatch(spread=recipe.health.spike_spread)
+    about = {"total_steps": total_steps, "trained_parameters": run.groups.trained_parameters}
+    with (
+        Ledger(job.folder, attempt=resumed.attempt, rank=worker.rank) as ledger,
+        CheckpointWriter(job, worker, ledger) as checkpoints,
+        MetricsFile(job.folder, rank=worker.rank, keep_steps=resumed.step, **about) as metrics,
+        Health(job, worker, run.batcher, attempt=resumed.attempt) as health,
+    ):
+        if resumed.step == 0 and run.measures:
+            before = run.measure()
+            metrics.write({"step": 0, **before})
+            refuse_broken_budget(before, recipe.guard.max_retain_loss_increase)
 
-    for step in range(checkpoint, total_steps):
-        metrics.write(take_step(run, step, checkpoint=checkpoint))
-        done = step + 1
-        is_last = done == total_steps
-        measured: dict[str, float] = {}
-        if run.measures and (is_last or done % eval_steps == 0):
+        for step in range(resumed.step, total_steps):
+            done = step + 1
+            health.mark("training", done)
+            taken = take_step(run, step, ledger=ledger, checkpoint=saved)
+            metrics.write(taken.line)
+            health.timed(**taken.times)
+            if worker.rank == 0 and step == resumed.step:
+                tell(job.folder, "first_step", step=done)
+            if worker.rank == 0 and (spike := losses.spike(taken.loss)):
+                tell(job.folder, "loss_spike", step=done, **spike, rows=rows_of(run, step))
+            is_last = done == total_steps
+            measured: dict[str, float] = {}
+            if run.measures and (is_last or done % eval_steps == 0):
+                health.mark("measuring")
+                with run.averaged():
+                    measured = run.measure()
+                    metrics.write({"step": done, **measured})
+                    if guard.look(done, measured, recipe) and picking:
+                        health.mark("exporting", patience=WRITING)
+                        ledger.refuse_superseded()
+                        export(run, golden_rows)
+            if guard.reason:
+                metrics.write({"step": done, "stopped": guard.reason})
+            if measured:
+                worker.report({"step": done, **measured})
+            is_due = done % save_steps == 0 or (taken.noticed and not noticed)
+            noticed = taken.noticed
+            if is_due and not is_last and not guard.reason:
+                health.mark("saving", patience=WRITING)
+                checkpoints.save(run.state, step=done, loss=taken.loss, guard=guard, metrics=measured)
+                saved = done
+            if guard.reason:
+                break
+
+        health.mark("exporting", patience=WRITING)
+        if picking:
+            refuse_without_best(guard, recipe)
+        else:
+            ledger.refuse_superseded()
             with run.averaged():
-                measured = run.measure()
-                metrics.write({"step": done, **measured})
-                if guard.look(done, measured, recipe) and picking:
-                    export(run, golden_rows)
-        if guard.reason:
-            metrics.write({"step": done, "stopped": guard.reason})
-        if not is_last and not guard.reason and done % save_steps == 0:
-            save_checkpoint(run.engine, worker, done, {"step": done, **measured}, guard=guard, average=run.average)
-            checkpoint = done
-        elif measured:
-            worker.report({"step": done, **measured})
-        if guard.reason:
-            break
-
-    if picking:
-        refuse_without_best(guard, recipe)
-    else:
-        with run.averaged():
-            export(run, golden_rows)
-    metrics.write({"step": done, "published_step": guard.best_step if picking else done})
-    metrics.close()
+                export(run, golden_rows)
+        checkpoints.wait()
+        metrics.write({"step": done, "published_step": guard.best_step if picking else done})

@@ -29,6 +29,7 @@ class Groups:
 
     groups: list[Group]
     parameters: list[list[torch.nn.Parameter]]
+    names: list[list[str]]
 
     def set_step(self, optimizer: Any, step: int, learning_rate: float) -> None:
         """What trains at this step, and how fast. What has just thawed starts with an empty optimiser state, at any ZeRO stage."""
@@ -49,7 +50,13 @@ class Groups:
     @property
     def trainable(self) -> list[torch.nn.Parameter]:
         """All of them."""
-        return [parameter for parameters in self.parameters for parameter in parameters]
+        return list(self.named.values())
+
+    @property
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        """All of them, by their names in the model."""
+        pairs = zip(self.names, self.parameters, strict=True)
+        return {name: parameter for names, parameters in pairs for name, parameter in zip(names, parameters, strict=True)}
 
 
 def make_optimizer(
@@ -69,17 +76,17 @@ def make_optimizer(
             is_head = any(f".{head}." in f".{name}" for head in heads or ())
             scale = _scale(name, recipe, heights, is_head=is_head)
             decay = optim.weight_decay if _is_matrix(parameter) else 0.0
-            sorted_out[Group(scale, decay, _thaws_at(name, recipe, heights, has_heads=bool(heads), epoch=steps_per_epoch))].append(
-                parameter
-            )
+            thaws_at = _thaws_at(name, recipe, heights, has_heads=bool(heads), epoch=steps_per_epoch)
+            sorted_out[Group(scale, decay, thaws_at)].append((name, parameter))
     order = sorted(sorted_out, reverse=True)
+    parameters = [[parameter for _, parameter in sorted_out[group]] for group in order]
     optimizer = torch.optim.AdamW(
-        [{"params": sorted_out[group], "weight_decay": group.weight_decay} for group in order],
+        [{"params": held, "weight_decay": group.weight_decay} for group, held in zip(order, parameters, strict=True)],
         lr=optim.learning_rate,
         betas=optim.betas,
         eps=optim.eps,
     )
-    return optimizer, Groups(order, [sorted_out[group] for group in order])
+    return optimizer, Groups(order, parameters, [[name for name, _ in sorted_out[group]] for group in order])
 
 
 def learning_rate(step: int, total_steps: int, settings: OptimSettings) -> float:

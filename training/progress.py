@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from training.metrics import MetricsFollower
+from hone.run_folder import EVENTS_FILE, METRICS_FILE, LinesFollower
 
 POLL_S = 0.25
 LOG_EVERY_S = 10.0
@@ -112,7 +112,7 @@ class _Follower:
     """One run's bar."""
 
     def __init__(self, folder: Path, label: str, bars: Progress, console: Console) -> None:
-        self._lines = MetricsFollower(folder)
+        self._lines, self._events = LinesFollower(folder / METRICS_FILE), LinesFollower(folder / EVENTS_FILE)
         self._label, self._bars, self._console = label, bars, console
         self._bar: TaskID = bars.add_task(label, total=None, figures="starting workers")
         self._recent: deque[dict[str, Any]] = deque(maxlen=SPEED_OVER_STEPS)
@@ -120,6 +120,10 @@ class _Follower:
         self._next_log = 0.0
 
     def show_new(self) -> None:
+        for event in self._events.new_lines()[0]:
+            text = _said(event)
+            if text:
+                self._console.print(f"{self._label}: {text}", highlight=False, markup=False)
         lines, is_new = self._lines.new_lines()
         if is_new:
             self._recent.clear()
@@ -150,3 +154,24 @@ class _Follower:
             return
         self._next_log = time.monotonic() + LOG_EVERY_S
         self._console.print(f"{self._label} step {step}/{self._total}  {figures}  about {left_s:.0f} s left", highlight=False)
+
+
+def _said(event: dict[str, Any]) -> str:
+    """What of a run's events its owner wants to know at once; nothing of most."""
+    match event["event"]:
+        case "attempt" if event["number"] > 1:
+            passed = "".join(f"; passed over: {why}" for why in event["passed_over"])
+            return f"goes on after step {event['step']} with {event['world_size']} workers{passed}"
+        case "out_of_memory":
+            return f"a pass did not fit into memory; goes on with train.micro_batch_size {event['micro_batch_size']}"
+        case "checkpoint_failed":
+            return f"the checkpoint of step {event['step']} could not be written: {event['why']}"
+        case "stalled":
+            return f"rank {event['rank']} ({event['worker']}) stands still: {event['why']}; every rank's stack is in {event['stacks']}"
+        case "loss_spike":
+            return f"step {event['step']}: loss {event['loss']} where {event['median_before']} was usual; its rows: {event['rows']}"
+        case "slow_rank":
+            return f"rank {event['rank']} ({event['worker']}) takes {event['forward_s']} s where the others take {event['median_s']} s"
+        case "starved":
+            return f"{event['share_of_time_waiting_for_rows']:.0%} of the time goes into waiting for rows"
+    return ""

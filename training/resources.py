@@ -18,7 +18,7 @@ def plan_workers(recipe: Recipe) -> tuple[bool, Resources]:
     """
     use_gpu, each, short, have = _compare(recipe)
     if short and recipe.scaling.wait_for_nodes_s:
-        with _autoscaler_asked(each, recipe.scaling.num_workers):
+        with _autoscaler_asked(each, recipe.scaling.most):
             deadline = time.monotonic() + recipe.scaling.wait_for_nodes_s
             while short and time.monotonic() < deadline:
                 time.sleep(1)
@@ -28,7 +28,7 @@ def plan_workers(recipe: Recipe) -> tuple[bool, Resources]:
     wants = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
     has = ", ".join(f"{have.get(name, 0):g} {name}" for name in short)
     raise ResourceError(
-        f"scaling.num_workers {recipe.scaling.num_workers} needs {wants} and this cluster has {has} in all; "
+        f"scaling.num_workers {recipe.scaling.fewest} needs {wants} and this cluster has {has} in all; "
         "lower scaling.num_workers, or set scaling.wait_for_nodes_s where an autoscaler can add nodes"
     )
 
@@ -45,7 +45,7 @@ def _compare(recipe: Recipe) -> tuple[bool, Resources, Resources, Resources]:
     scaling, have = recipe.scaling, ray.cluster_resources()
     use_gpu = bool(have.get("GPU")) if scaling.use_gpu == "auto" else scaling.use_gpu
     each = {**({"GPU": 1.0} if use_gpu else {}), **(scaling.resources_per_worker or {"CPU": 1.0})}
-    needed = {name: amount * scaling.num_workers for name, amount in each.items()}
+    needed = {name: amount * scaling.fewest for name, amount in each.items()}
     return use_gpu, each, {name: amount for name, amount in needed.items() if amount > have.get(name, 0)}, have
 
 

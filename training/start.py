@@ -1,6 +1,6 @@
 """Everything that a worker needs before its first step: model, DeepSpeed's engine, rows, and what is measured."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from hone.methods import METHODS as METHOD_FACTS
-from hone.recipe import Recipe
 from models.methods import METHODS
 from models.tasks import TASKS, Inputs
 from training.augmented import augmented
-from training.batches import BatchPlan, Mixed, Rows
+from training.batches import BatchPlan, Rows, batch_plan
+from training.checkpoints.pieces import TrainedState
 from training.ema import MovingAverage
 from training.evaluate import evaluate
 from training.forward import Batcher, TaskModule, choose_packing
-from training.job import Job, SourceRows
+from training.job import Job
 from training.model import build_model, choose_dtype, load_base
 from training.optim import Groups, make_optimizer
 from training.retention import Retention
 from training.token_rows import TokenRows
 from training.worker import Worker
-from training.zero import deepspeed_config, prepare_deepspeed, sharded_loading
+from training.zero import deepspeed_config, fit_buckets, prepare_deepspeed, sharded_loading
 
 
 @dataclass(eq=False)
@@ -42,6 +42,8 @@ class Started:
     validation: TokenRows
     retention: Retention | None
     average: MovingAverage | None
+    state: TrainedState
+    """What a checkpoint holds."""
     first_replayed: int
     """Training rows from this number on come from `data.retain`."""
 
@@ -69,7 +71,7 @@ def start(job: Job, worker: Worker) -> Started:
 
     rows = TokenRows(job.data, "train")
     plan = batch_plan(recipe, job.data.sources)
-    config = deepspeed_config(recipe, dtype=dtype)
+    config = deepspeed_config(recipe, dtype=dtype, use_gpu=job.use_gpu)
     with sharded_loading(config):
         model, heads = build_model(job, dtype=dtype, sharded=recipe.zero.stage == 3, rank=worker.rank)
     packed = choose_packing(model, task, recipe.train)
@@ -82,9 +84,11 @@ def start(job: Job, worker: Worker) -> Started:
         if packed:
             choose_packing(reference, task, recipe.train)
     optimizer, groups = make_optimizer(model, recipe, heads=heads, steps_per_epoch=plan.steps_per_epoch)
+    fit_buckets(config, groups.trained_parameters)
     module = TaskModule(model, task, method, train=recipe.train, beta=recipe.preference.beta, reference=reference)
     engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
 
+    average = MovingAverage(groups.trainable, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
     retained = TokenRows(job.data, "retain")
     return Started(
         job=job,
@@ -107,19 +111,9 @@ def start(job: Job, worker: Worker) -> Started:
         )
         if len(retained)
         else None,
-        average=MovingAverage(groups.trainable, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None,
+        average=average,
+        state=TrainedState(optimizer, groups.named, model, average),
         first_replayed=sum(source.rows for source in job.data.sources if source.role != "retain"),
-    )
-
-
-def batch_plan(recipe: Recipe, sources: Sequence[SourceRows]) -> BatchPlan:
-    """The steps of a recipe over these rows."""
-    return BatchPlan(
-        sources=tuple(Mixed(source.rows, source.per_epoch) for source in sources),
-        global_batch_size=recipe.train.global_batch_size,
-        epochs=recipe.train.num_train_epochs,
-        max_steps=recipe.train.max_steps,
-        seed=recipe.train.seed,
     )
 
 

@@ -103,7 +103,7 @@ def _trials_that_fit(recipe: Recipe) -> int:
 
     _, each = plan_workers(recipe)
     have = ray.cluster_resources()
-    return max(1, min(int(have[name] // (amount * recipe.scaling.num_workers)) for name, amount in each.items() if amount))
+    return max(1, min(int(have[name] // (amount * recipe.scaling.fewest)) for name, amount in each.items() if amount))
 
 
 def _short(value: Any) -> str:

@@ -1,9 +1,6 @@
 """What the loop needs from whatever launched it, and the two launchers' forms of it: Ray Train and torchrun."""
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Protocol
 
 
@@ -14,11 +11,11 @@ class Worker(Protocol):
     world_size: int
     local_rank: int
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
-        """Hand over metrics and this rank's part of a checkpoint. All ranks call it at the same steps."""
+    def report(self, metrics: dict[str, float]) -> None:
+        """Hand over what a validation measured. All ranks call it at the same steps."""
 
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """The folder to resume from, or None on a first start."""
+    def noticed(self) -> bool:
+        """Whether this worker's machine is about to be taken away. Asked once a step; one rank that says so is enough."""
 
 
 class RayWorker:
@@ -32,34 +29,28 @@ class RayWorker:
         self.world_size: int = context.get_world_size()
         self.local_rank: int = context.get_local_rank()
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
+    def report(self, metrics: dict[str, float]) -> None:
         import ray.train
 
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(checkpoint)) if checkpoint else None)
+        ray.train.report(metrics)
 
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        import ray.train
+    def noticed(self) -> bool:
+        """What Ray's public `get_preemption_info` asks first; that one then waits for all ranks, which is too much for every step."""
+        from ray.train.v2._internal.execution.context import get_train_context
 
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+        return get_train_context().preemption_context.preemption_info is not None
 
 
 class TorchrunWorker:
-    """A worker that torchrun started: it keeps no checkpoints, and is there to compare with and to debug under."""
+    """A worker that torchrun started, to compare with and to debug under."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ["RANK"])
         self.world_size = int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
+    def report(self, metrics: dict[str, float]) -> None:
         """Nothing listens."""
 
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        yield None
+    def noticed(self) -> bool:
+        return False

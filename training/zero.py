@@ -9,8 +9,11 @@ import torch
 
 from hone.recipe import Recipe
 
+LARGEST_BUCKET = 500_000_000
+"""Elements, DeepSpeed's own default."""
 
-def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype) -> dict[str, Any]:
+
+def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = False) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize` (https://www.deepspeed.ai/docs/config-json/).
 
     Batch sizes in it are for its log only: the loop says itself where a step ends, since packed steps differ in their forward passes.
@@ -20,15 +23,28 @@ def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": {"enabled": dtype is torch.bfloat16},
-        "zero_optimization": {"stage": recipe.zero.stage, **_stage_3(recipe)},
+        "zero_optimization": _zero(recipe, pin_memory=use_gpu),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own AdamW for offloaded state has to be compiled
         "steps_per_print": 1_000_000_000,
     }
 
 
-def _stage_3(recipe: Recipe) -> dict[str, Any]:
-    """A moving average is of the shards, so small parameters must not be kept whole beside them."""
-    return {"stage3_param_persistence_threshold": 0} if recipe.zero.stage == 3 and recipe.train.ema_decay else {}
+def _zero(recipe: Recipe, *, pin_memory: bool) -> dict[str, Any]:
+    zero, there = recipe.zero, {"device": "cpu", "pin_memory": pin_memory}
+    return {
+        "stage": zero.stage,
+        **({"offload_optimizer": there} if zero.offload_optimizer else {}),
+        **({"offload_param": there} if zero.offload_param else {}),
+        # A moving average is of the shards, so small parameters must not be kept whole beside them.
+        **({"stage3_param_persistence_threshold": 0} if zero.stage == 3 and recipe.train.ema_decay else {}),
+    }
+
+
+def fit_buckets(config: dict[str, Any], trained_parameters: int) -> None:
+    """Buffers through which gradients go, no larger than all of them: an adapter does not need DeepSpeed's 500 million elements."""
+    most = min(LARGEST_BUCKET, trained_parameters + trained_parameters % 2)  # DeepSpeed wants them even
+    config["zero_optimization"] |= {"reduce_bucket_size": most, "allgather_bucket_size": most}
 
 
 def prepare_deepspeed(*, use_gpu: bool) -> Any:
@@ -58,3 +74,11 @@ def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
     held = HfDeepSpeedConfig(config)
     yield
     del held
+
+
+def shard(parameter: Any) -> tuple[int, int]:
+    """Under ZeRO-3, where this rank's shard begins in the parameter, and how many of its elements are no padding."""
+    import torch.distributed as dist
+
+    start = min(dist.get_rank() * parameter.ds_tensor.ds_numel, parameter.ds_numel)
+    return start, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)

@@ -1,7 +1,7 @@
 """The recipe: YAML and dotted overrides in, `Recipe` out; workers see only the resolved JSON. One file a section."""
 
 from hone.recipe.data import AudioAugmentation, AugmentSettings, DataSettings, ImageAugmentation, MixedSource, TextAugmentation
-from hone.recipe.guard import GuardSettings
+from hone.recipe.guard import GuardSettings, HealthSettings
 from hone.recipe.load import load_recipe, parse_override, parse_recipe, recipe_schema, with_overrides
 from hone.recipe.method import (
     AdapterMethod,
@@ -16,13 +16,14 @@ from hone.recipe.method import (
 )
 from hone.recipe.recipe import PublishSettings, Recipe
 from hone.recipe.search import AshaScheduler, Choice, Distribution, GridSearch, LogUniform, RandInt, SearchSettings, Uniform
-from hone.recipe.train import OptimSettings, PreferenceSettings, ScalingSettings, TrainSettings, ZeroSettings
+from hone.recipe.train import CheckpointSettings, OptimSettings, PreferenceSettings, ScalingSettings, TrainSettings, ZeroSettings
 
 __all__ = [
     "AdapterMethod",
     "AshaScheduler",
     "AudioAugmentation",
     "AugmentSettings",
+    "CheckpointSettings",
     "Choice",
     "DataSettings",
     "Distribution",
@@ -31,6 +32,7 @@ __all__ = [
     "GradualUnfreezing",
     "GridSearch",
     "GuardSettings",
+    "HealthSettings",
     "Ia3Method",
     "ImageAugmentation",
     "LogUniform",

@@ -26,3 +26,14 @@ class GuardSettings(Settings):
     kl_penalty: float = Field(default=0.0, ge=0)
     """Weight of a penalty on moving away from the base, the KL divergence from its predictions: on the rows of `data.retain` that are
     mixed in, or on all rows where there is no `retain`."""
+
+
+class HealthSettings(Settings):
+    """What is noticed while workers run."""
+
+    stall_s: float = Field(default=45, gt=0)
+    """After so long without progress of any rank, the rank to blame is named, with every rank's stack."""
+    end_stalled_after_s: float = Field(default=300, ge=0)
+    """After so much longer the workers are started again from the last checkpoint."""
+    spike_spread: float = Field(default=8, ge=0)
+    """A loss so many times the usual distance above the median of the last 50 steps is told, with its rows; 0 for never."""

@@ -10,12 +10,12 @@ from pydantic import Field, model_validator
 
 from hone.methods import METHODS, why_not
 from hone.recipe.data import DataSettings
-from hone.recipe.guard import GuardSettings
+from hone.recipe.guard import GuardSettings, HealthSettings
 from hone.recipe.keys import all_keys
 from hone.recipe.method import LoraMethod, Method
 from hone.recipe.search import LogUniform, RandInt, SearchSettings, Uniform
 from hone.recipe.settings import Name, Settings
-from hone.recipe.train import OptimSettings, PreferenceSettings, ScalingSettings, TrainSettings, ZeroSettings
+from hone.recipe.train import CheckpointSettings, OptimSettings, PreferenceSettings, ScalingSettings, TrainSettings, ZeroSettings
 from hone.tasks import TASKS, TaskName
 
 
@@ -43,7 +43,9 @@ class Recipe(Settings):
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     guard: GuardSettings = GuardSettings()
+    health: HealthSettings = HealthSettings()
     preference: PreferenceSettings = PreferenceSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
     zero: ZeroSettings = ZeroSettings()
     scaling: ScalingSettings = ScalingSettings()
     search: SearchSettings | None = None
@@ -52,10 +54,12 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":
         batch, workers = self.train.global_batch_size, self.scaling.num_workers
-        if batch % workers:
+        if isinstance(workers, int) and batch % workers:  # an elastic run's steps may be uneven
             raise ValueError(
                 f"train.global_batch_size {batch} does not divide among scaling.num_workers {workers}; use a multiple of {workers}"
             )
+        if batch < self.scaling.most:
+            raise ValueError(f"train.global_batch_size {batch} is less than a row for each of {self.scaling.most} workers")
         _check_method(self)
         _check_augmentation(self)
         _check_guard(self)

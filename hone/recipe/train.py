@@ -1,8 +1,8 @@
 """How the weights move: the optimiser, how long, what DeepSpeed shards, and the workers."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hone.recipe.settings import Fraction, Settings
 
@@ -61,25 +61,70 @@ class TrainSettings(Settings):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
+class CheckpointSettings(Settings):
+    """State that a run goes on from after a loss, at any number of workers. How often: `train.save_steps`."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """How many are kept, beside that of the best validation."""
+    uri: str | None = None
+    """Folder or object store (s3://, gs://) for them, in which each run has its own; by default the run folder."""
+
+
 class ZeroSettings(Settings):
     """What DeepSpeed shards over the workers (https://arxiv.org/abs/1910.02054)."""
 
     stage: Literal[0, 1, 2, 3] = 2
     """0 nothing, 1 optimiser state, 2 and gradients, 3 and weights."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in the machine's memory and update weights there: for stages 1 to 3, where a GPU is too small."""
+    offload_param: bool = False
+    """Keep the frozen and trained weights there as well, and bring up each layer when it is needed: for stage 3."""
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> "ZeroSettings":
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("zero.offload_optimizer needs zero.stage 1, 2 or 3; stage 0 shards and moves nothing")
+        if self.offload_param and self.stage != 3:
+            raise ValueError("zero.offload_param needs zero.stage 3, which brings weights up layer by layer")
+        return self
 
 
 class ScalingSettings(Settings):
     """Workers and what each of them gets, as Ray Train's ScalingConfig."""
 
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """How many; or [fewest, most], to go on with as many as there is room for when machines go and come."""
     use_gpu: bool | Literal["auto"] = "auto"
     """auto takes one GPU a worker where the cluster has any."""
     resources_per_worker: dict[str, float] | None = None
     """Such as {CPU: 4, GPU: 1}; by default one CPU, and one GPU where GPUs are used."""
     wait_for_nodes_s: float = Field(default=0, ge=0)
     """How long to wait for an autoscaling cluster to grow before giving up."""
+    resize_every_s: float = Field(default=60, gt=0)
+    """How often to look whether there is room for more workers; each change costs a restart from the last checkpoint."""
     max_failures: int = Field(default=2, ge=0)
     """How often the workers are restarted from the last checkpoint after one is lost."""
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which a run waits."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that a run takes where there is room."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers(self) -> str:
+        """How many, as people say it."""
+        return str(self.most) if self.most == self.fewest else f"{self.fewest} to {self.most}"
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "ScalingSettings":
+        if self.fewest > self.most:
+            raise ValueError(f"scaling.num_workers [{self.fewest}, {self.most}]: the first is the fewest, the second the most")
+        return self
 
 
 class PreferenceSettings(Settings):

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from hone.recipe import parse_recipe
+from hone.run_folder import read_metrics
 from hone.storage import Home
 from tests.samples import WORDS, completion, text_classification
 from tests.zero_matrix import failure, prepared, train_all
 from training.job import Job
-from training.metrics import read_metrics
 
 NONSENSE = random.Random(0)
 LM: dict[str, Any] = {

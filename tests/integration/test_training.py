@@ -21,12 +21,12 @@ from safetensors import safe_open
 from hone.errors import HoneError, RunFailedError
 from hone.recipe import Recipe, load_recipe, parse_recipe
 from hone.registry import Registry
+from hone.run_folder import read_metrics
 from hone.storage import Home
 from hone.store import Store
 from training.check import TOLERANCE, difference
 from training.job import Job
 from training.launch import fit, prepare_job
-from training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -113,7 +113,7 @@ import json, sys
 from pathlib import Path
 from training.check import difference
 from training.job import Job
-for folder in map(Path, json.loads((Path(sys.argv[1]) / "cases.json").read_text())):
+for folder in map(Path, json.loads((Path(sys.argv[1]) / "cases.json").read_text())["folders"]):
     if (folder / "export").exists():
         (folder / "difference").write_text(str(difference(Job.load(folder))))
 """

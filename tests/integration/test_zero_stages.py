@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from hone.recipe import Recipe, parse_recipe
+from hone.run_folder import read_metrics
 from hone.storage import Home
 from models.tasks import TASKS, LossOptions
 from tests.zero_matrix import failure, prepared, train_all
+from training.batches import batch_plan
 from training.job import Job
 from training.launch import fit, prepare_job
-from training.metrics import read_metrics
 from training.model import build_model
 from training.optim import learning_rate, make_optimizer
-from training.start import batch_plan, inputs_of
+from training.start import inputs_of
 from training.token_rows import TokenRows
 
 STEPS = 20
@@ -40,7 +41,7 @@ def recipe(base: Path, data: Path, *, task: str, method: dict[str, Any], stage: 
                 "precision": "fp32",
                 **sections.get("train", {}),
             },
-            "zero": {"stage": stage},
+            "zero": {"stage": stage, **sections.get("zero", {})},
             "scaling": {"num_workers": 2, "max_failures": 0},
         },
         where="test",
@@ -90,6 +91,13 @@ CASES: dict[str, dict[str, Any]] = {
     "chat, lora, 1": {"task": "chat", "method": {"type": "lora"}, "stage": 1},
     "chat, lora, 3": {"task": "chat", "method": {"type": "lora"}, "stage": 3},
     "chat, full, 3": {"task": "chat", "method": {"type": "full"}, "stage": 3},
+    "chat, lora, 2, optimiser offloaded": {"task": "chat", "method": {"type": "lora"}, "stage": 2, "zero": {"offload_optimizer": True}},
+    "chat, full, 3, all offloaded": {
+        "task": "chat",
+        "method": {"type": "full"},
+        "stage": 3,
+        "zero": {"offload_optimizer": True, "offload_param": True},
+    },
     "new head, lora, 3": {"task": "text-classification", "method": {"type": "lora"}, "stage": 3},
     **{
         f"new head, gradual unfreezing, {stage}": {"task": "text-classification", "method": {"type": "full", **SLOW_START}, "stage": stage}

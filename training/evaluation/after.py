@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import hone
+from hone.run_folder import read_metrics
 from hone.storage import write_json, write_text
 from training.evaluation.evaluate import Found, Options, evaluate
 from training.evaluation.places import EVALUATION_FILE, PREDICTIONS_FILE, PROGRESS_FILE, REPORT_FILE, VERDICT_FILE
 from training.evaluation.table import write_predictions
 from training.evaluation.watch import WatchFile
 from training.job import Job
-from training.metrics import read_metrics
 from training.token_rows import TokenRows
 from training.trained import trained_by
 from training.verdict import verdict
@@ -88,6 +88,6 @@ def _facts(job: Job) -> list[tuple[str, str]]:
         ("data digest", data.digest[:16]),
         ("rows", f"{data.train_rows:,} to train, {data.validation_rows:,} to validate, {data.retain_rows:,} to measure forgetting"),
         *((f"{source.role} rows", f"{source.per_epoch:,} of {source.rows:,} an epoch from {source.name}") for source in data.sources),
-        ("workers", f"{recipe.scaling.num_workers}, ZeRO stage {recipe.zero.stage}, {'GPU' if job.use_gpu else 'CPU'}"),
+        ("workers", f"{recipe.scaling.workers}, ZeRO stage {recipe.zero.stage}, {'GPU' if job.use_gpu else 'CPU'}"),
         ("hone", hone.__version__),
     ]

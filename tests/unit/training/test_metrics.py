@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
+from hone.run_folder import METRICS_FILE, LinesFollower, read_metrics
 from training.launch import final_metrics
-from training.metrics import MetricsFile, MetricsFollower, read_metrics
+from training.metrics import MetricsFile
 
 
 def test_a_resumed_run_drops_what_was_written_past_its_checkpoint(tmp_path: Path) -> None:
     first = MetricsFile(tmp_path, rank=0, keep_steps=0, total_steps=9)
     for step in range(1, 6):
         first.write({"step": step, "loss": 1.0 / step})
-    resumed = MetricsFile(tmp_path, rank=0, keep_steps=3, total_steps=9)
-    resumed.write({"step": 4, "loss": 0.5})
-    resumed.close()
+    with MetricsFile(tmp_path, rank=0, keep_steps=3, total_steps=9) as resumed:
+        resumed.write({"step": 4, "loss": 0.5})
     assert [m["step"] for m in read_metrics(tmp_path) if "loss" in m] == [1, 2, 3, 4]
 
 
@@ -27,16 +27,15 @@ def test_half_a_line_is_not_read(tmp_path: Path) -> None:
 
 
 def test_final_metrics_hold_the_first_and_the_last_validation(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path, rank=0, keep_steps=0, total_steps=2)
-    for line in ({"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}):
-        metrics.write(line)
-    metrics.close()
+    with MetricsFile(tmp_path, rank=0, keep_steps=0, total_steps=2) as metrics:
+        for line in ({"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}):
+            metrics.write(line)
     final = final_metrics(tmp_path)
     assert (final["base_eval_loss"], final["eval_loss"], final["loss"]) == (3.0, 1.5, 1.0)
 
 
 def test_a_follower_gives_each_whole_line_once_and_begins_anew_after_a_restart(tmp_path: Path) -> None:
-    follower = MetricsFollower(tmp_path)
+    follower = LinesFollower(tmp_path / METRICS_FILE)
     assert follower.new_lines() == ([], False)
     first = MetricsFile(tmp_path, rank=0, keep_steps=0, total_steps=4)
     first.write({"step": 1, "loss": 2.0})
@@ -47,7 +46,7 @@ def test_a_follower_gives_each_whole_line_once_and_begins_anew_after_a_restart(t
         assert follower.new_lines() == ([], False)
         file.write('ss": 1.0}\n')
     assert follower.new_lines() == ([{"step": 2, "loss": 1.0}], False)
-    first.close()
-    MetricsFile(tmp_path, rank=0, keep_steps=1, total_steps=4).close()
+    with MetricsFile(tmp_path, rank=0, keep_steps=1, total_steps=4):
+        pass
     lines, is_new = follower.new_lines()
     assert ([line["step"] for line in lines], is_new) == ([0, 1, 1], True)

@@ -12,9 +12,9 @@ from hone.errors import DataError, RecipeError
 from hone.recipe import Recipe, load_recipe, parse_recipe, with_overrides
 from hone.storage import Home
 from models.tasks.tokenizer import load_tokenizer
+from training.batches import batch_plan
 from training.data import prepare_data
 from training.job import PreparedData
-from training.start import batch_plan
 from training.token_rows import TokenRows
 
 

@@ -1,0 +1,88 @@
+"""A folder wherever it is: on this machine, or in an object store through pyarrow.fs."""
+
+from pathlib import Path
+from typing import Any
+
+from hone.errors import ResourceError
+
+
+class Folder:
+    """A folder by its path or URI (`s3://bucket/path`, `gs://...`). Folders are made when something is written to them."""
+
+    def __init__(self, where: str | Path, *, filesystem: Any = None) -> None:
+        """
+        Args:
+            where: Path or URI; a path in `filesystem`, where that is given.
+            filesystem: A `pyarrow.fs.FileSystem`.
+
+        Raises:
+            ResourceError: no file system for that URI.
+        """
+        self._name = str(where)
+        if filesystem is not None:
+            self._filesystem, self._path = filesystem, str(where)
+            return
+        from pyarrow import ArrowException
+        from pyarrow.fs import FileSystem, LocalFileSystem
+
+        if "://" not in self._name:
+            self._filesystem, self._path = LocalFileSystem(), str(Path(where).absolute())
+            return
+        try:
+            self._filesystem, self._path = FileSystem.from_uri(self._name)
+        except (ArrowException, OSError, ValueError) as error:
+            raise ResourceError(f"{where}: cannot be opened ({str(error).splitlines()[0]})") from None
+
+    def __str__(self) -> str:
+        return self._name
+
+    def below(self, name: str) -> "Folder":
+        """A folder in this one."""
+        made = Folder(f"{self._path}/{name}", filesystem=self._filesystem)
+        made._name = f"{self._name}/{name}"
+        return made
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it; none where it is not there yet."""
+        return [info.base_name for info in self._infos() if info.type.name == "Directory"]
+
+    def files(self) -> list[str]:
+        """Names of the files in it; none where it is not there yet."""
+        return [info.base_name for info in self._infos() if info.is_file]
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file in it; None where there is no such file."""
+        info = self._filesystem.get_file_info(f"{self._path}/{name}")
+        return int(info.size) if info.is_file else None
+
+    def read(self, name: str) -> bytes:
+        with self.reader(name) as file:
+            return bytes(file.read())
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.writer(name) as file:
+            file.write(data)
+
+    def reader(self, name: str) -> Any:
+        """The file as a stream."""
+        return self._filesystem.open_input_stream(f"{self._path}/{name}")
+
+    def opened(self, name: str) -> Any:
+        """The file, to be read at any place."""
+        return self._filesystem.open_input_file(f"{self._path}/{name}")
+
+    def writer(self, name: str) -> Any:
+        """A new file as a stream; in an object store it is there once it is closed."""
+        self._filesystem.create_dir(self._path, recursive=True)
+        return self._filesystem.open_output_stream(f"{self._path}/{name}")
+
+    def remove(self, name: str) -> None:
+        self._filesystem.delete_file(f"{self._path}/{name}")
+
+    def remove_folder(self, name: str) -> None:
+        self._filesystem.delete_dir(f"{self._path}/{name}")
+
+    def _infos(self) -> list[Any]:
+        from pyarrow.fs import FileSelector
+
+        return list(self._filesystem.get_file_info(FileSelector(self._path, allow_not_found=True)))

@@ -1,0 +1,147 @@
+"""Files of a checkpoint: anyone's safetensors, read in any cut, told from damaged ones, and kept or removed whole."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from safetensors.torch import load_file
+
+from hone.errors import ResourceError
+from hone.places import Folder
+from training.checkpoints.files import (
+    INDEX,
+    Checkpoint,
+    DamagedCheckpointError,
+    Part,
+    PieceReader,
+    check_part,
+    find,
+    folder_name,
+    keep,
+    key_of,
+    read_index,
+    write_index,
+    write_part,
+)
+
+
+@pytest.fixture(params=["path", "filesystem"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
+    """A folder by its path, and one in a file system that knows paths of its own alone, as an object store does."""
+    if request.param == "path":
+        yield Folder(tmp_path / "checkpoints")
+    else:
+        yield Folder("checkpoints", filesystem=SubTreeFileSystem(str(tmp_path), LocalFileSystem()))
+
+
+def cut(tensor: torch.Tensor, places: list[int]) -> dict[str, torch.Tensor]:
+    """A flat tensor in runs that begin at these places."""
+    ends = [*places[1:], tensor.numel()]
+    return {key_of("weight", "a.b", start): tensor[start:end] for start, end in zip(places, ends, strict=True)}
+
+
+def made(root: Folder, step: int, *, attempt: int = 1) -> Folder:
+    folder = root.below(folder_name(step, attempt))
+    part = write_part(folder, "part-00000.safetensors", {key_of("weight", "a.b", 0): torch.full((4,), float(step))})
+    write_index(folder, Checkpoint(step=step, attempt=attempt, loss=1.0, world_size=1, guard={}, adam_steps={}, parts=[part]))
+    return folder
+
+
+def test_a_part_is_a_safetensors_file_like_any_other(tmp_path: Path) -> None:
+    tensors = {
+        "float": torch.randn(3, 5),
+        "half": torch.randn(7).bfloat16(),
+        "number": torch.tensor(3),
+        "none": torch.empty(0),
+        "yes": torch.tensor([True, False, True]),
+    }
+    part = write_part(Folder(tmp_path), "x.safetensors", tensors)
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert part.size == (tmp_path / "x.safetensors").stat().st_size
+    check_part(Folder(tmp_path), part)
+
+
+@pytest.mark.parametrize("wanted", [(0, 100), (0, 1), (31, 34), (99, 100), (10, 90)])
+def test_any_run_is_read_from_whatever_parts_it_was_written_in(root: Folder, wanted: tuple[int, int]) -> None:
+    tensor = torch.arange(100, dtype=torch.float32)
+    runs = list(cut(tensor, [0, 1, 33, 40]).items())
+    parts = [write_part(root, f"part-{n}.safetensors", dict(runs[n::2])) for n in range(2)]
+    reader, values = PieceReader(root, parts), torch.empty(wanted[1] - wanted[0])
+    reader.fill("weight/a.b", wanted[0], values)
+    assert torch.equal(values, tensor[slice(*wanted)])
+
+
+def test_what_is_in_no_part_is_said(root: Folder) -> None:
+    part = write_part(root, "x.safetensors", cut(torch.zeros(10), [0]))
+    reader = PieceReader(root, [part])
+    with pytest.raises(DamagedCheckpointError, match=r"has 2 of 5 elements of weight/a\.b from 8 on"):
+        reader.fill("weight/a.b", 8, torch.empty(5))
+    with pytest.raises(DamagedCheckpointError, match="has 0 of 1 elements of exp_avg/a"):
+        reader.fill("exp_avg/a", 0, torch.empty(1))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, and"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])), "its bytes have changed"),
+        (lambda path: path.unlink(), "is gone"),
+    ],
+)
+def test_a_harmed_part_is_noticed(tmp_path: Path, harm: object, said: str) -> None:
+    part = write_part(Folder(tmp_path), "x.safetensors", {"a": torch.randn(100)})
+    harm(tmp_path / "x.safetensors")  # type: ignore[operator]
+    with pytest.raises(DamagedCheckpointError, match=said):
+        check_part(Folder(tmp_path), part)
+
+
+def test_a_checkpoint_is_one_once_its_index_is_there(root: Folder) -> None:
+    made(root, 20)
+    made(root, 5)
+    write_part(root.below(folder_name(30, 1)), "part-00000.safetensors", {})
+    assert find(root) == [folder_name(20, 1), folder_name(5, 1)]
+    assert read_index(root.below(folder_name(5, 1))).step == 5
+    assert find(Folder(f"{root}/nowhere")) == []
+
+
+OLD = {"format": 99, "step": 3, "attempt": 1, "loss": 1, "world_size": 1, "guard": {}, "adam_steps": {}, "parts": []}
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 3', json.dumps(OLD)])
+def test_an_index_that_cannot_be_read_is_damage(root: Folder, text: str) -> None:
+    root.write(INDEX, text.encode())
+    with pytest.raises(DamagedCheckpointError, match=INDEX):
+        read_index(root)
+
+
+def test_the_newest_and_the_best_are_kept(root: Folder) -> None:
+    for step in (10, 20, 30, 40, 50):
+        made(root, step)
+    write_part(root.below(folder_name(15, 1)), "part-00000.safetensors", {})  # begun, and never completed
+    write_part(root.below(folder_name(60, 1)), "part-00000.safetensors", {})  # being written
+    keep(root, last=2, best_step=20)
+    assert find(root) == [folder_name(step, 1) for step in (50, 40, 20)]
+    assert sorted(root.folders()) == [folder_name(step, 1) for step in (20, 40, 50, 60)]
+
+
+def test_a_later_attempt_s_checkpoint_of_the_same_step_comes_first(root: Folder) -> None:
+    made(root, 10, attempt=2)
+    made(root, 10, attempt=1)
+    assert find(root) == [folder_name(10, 2), folder_name(10, 1)]
+
+
+def test_a_store_that_there_is_no_file_system_for_is_refused() -> None:
+    with pytest.raises(ResourceError, match=r"^nope://bucket: cannot be opened"):
+        Folder("nope://bucket")
+
+
+def test_parts_are_compared_by_what_was_meant_to_be_written(tmp_path: Path) -> None:
+    part = write_part(Folder(tmp_path), "x.safetensors", {"a": torch.zeros(4)})
+    assert part == Part(name="x.safetensors", size=part.size, sha256=part.sha256)
+    again = write_part(Folder(tmp_path), "y.safetensors", {"a": torch.zeros(4)})
+    assert again.sha256 == part.sha256

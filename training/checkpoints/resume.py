@@ -1,0 +1,105 @@
+"""Going on from the newest checkpoint that is whole, at any number of workers, with proof that nothing before it was left out."""
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from hone.errors import RunFailedError
+from hone.places import Folder
+from hone.run_folder import tell
+from training.checkpoints.files import Checkpoint, DamagedCheckpointError, PieceReader, check_part, find, key_of, read_index
+from training.checkpoints.pieces import TrainedState
+from training.guard import Guard
+from training.job import Job
+from training.ledger import begin_attempt, this_worker
+from training.proof import prove_steps
+from training.worker import Worker
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where an attempt begins."""
+
+    attempt: int
+    """Its number in the ledger."""
+    step: int = 0
+    """Steps that are done."""
+    guard: Guard = field(default_factory=Guard)
+    """What the guard has seen in them."""
+    passed_over: tuple[str, ...] = ()
+    """Why newer checkpoints were not used."""
+
+
+def resume(job: Job, state: TrainedState, worker: Worker, root: Folder) -> Resumed:
+    """Load the newest whole checkpoint, if there is one, and begin an attempt in the ledger. Every rank takes part.
+
+    Raises:
+        RunFailedError: the ledger does not prove the steps that the checkpoint says are done.
+    """
+    passed_over: list[str] = []
+    for name in _same_on_all(find(root) if worker.rank == 0 else []):
+        folder = root.below(name)
+        damage = _damage(folder, worker)
+        if damage:
+            passed_over.append(damage)
+            continue
+        checkpoint = read_index(folder)
+        _refuse_unproven(job, checkpoint, worker)
+        _load(state, folder, checkpoint)
+        return _begin(job, worker, checkpoint, passed_over)
+    return _begin(job, worker, None, passed_over)
+
+
+def _damage(folder: Folder, worker: Worker) -> str:
+    """What is wrong with the files, the same on every rank; empty where nothing is. Each rank reads a share of the parts."""
+    try:
+        for part in read_index(folder).parts[worker.rank :: worker.world_size]:
+            check_part(folder, part)
+        found = ""
+    except (DamagedCheckpointError, OSError) as error:
+        found = str(error)
+    everyone: list[str] = [""] * worker.world_size
+    dist.all_gather_object(everyone, found)
+    return next(filter(None, everyone), "")
+
+
+def _refuse_unproven(job: Job, checkpoint: Checkpoint, worker: Worker) -> None:
+    wrong = _same_on_all(prove_steps(job, checkpoint.step, loss=checkpoint.loss) if worker.rank == 0 else [])
+    if wrong:
+        raise RunFailedError(
+            f"the checkpoint of step {checkpoint.step} in {job.folder} cannot be gone on from: {wrong[0]}"
+            f"{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}; `hone runs verify {job.run_id}` says all"
+        )
+
+
+def _load(state: TrainedState, folder: Folder, checkpoint: Checkpoint) -> None:
+    reader = PieceReader(folder, checkpoint.parts)
+    state.begin_moments(checkpoint.adam_steps)
+    for piece in state.pieces():
+        reader.fill(key_of(piece.kind, piece.name), piece.start, piece.values)
+    state.take_up()
+
+
+def _begin(job: Job, worker: Worker, checkpoint: Checkpoint | None, passed_over: list[str]) -> Resumed:
+    everyone: list[str] = [""] * worker.world_size
+    dist.all_gather_object(everyone, this_worker())
+    number = 0
+    if worker.rank == 0:
+        step, name = (checkpoint.step, checkpoint.folder) if checkpoint else (0, None)
+        about = {"step": step, "checkpoint": name, "passed_over": passed_over}
+        number = begin_attempt(job.folder, **about, world_size=worker.world_size, workers=everyone).number
+        tell(job.folder, "attempt", number=number, **about, world_size=worker.world_size)
+    number = _same_on_all(number)
+    if checkpoint is None:
+        return Resumed(number, passed_over=tuple(passed_over))
+    return Resumed(number, checkpoint.step, Guard(**checkpoint.guard), tuple(passed_over))
+
+
+def _same_on_all(value: T) -> T:
+    """Rank 0's, on every rank."""
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
