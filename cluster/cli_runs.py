@@ -61,25 +61,28 @@ def show(run_id: RunId, home: HomeOption = None, as_json: AsJson = False) -> Non
 @runs.command()
 def tail(run_id: RunId, home: HomeOption = None) -> None:
     """Steps and events as they come, until the run ends."""
-    from cluster.runs import find_run
-    from hone.run_folder import EVENTS_FILE, METRICS_FILE, LinesFollower
+    from cluster.runs import is_over
+    from hone.run_folder import EVENTS_FILE, METRICS_FILE, LinesFollower, find_run_folder
     from hone.storage import Home
+    from hone.store import Store
 
     place = Home(home)
-    run = find_run(run_id, home=place)
-    steps, events = LinesFollower(run.folder / METRICS_FILE), LinesFollower(run.folder / EVENTS_FILE)
+    folder, store = find_run_folder(place, run_id), Store(place.store_url)
+    steps, events = LinesFollower(folder / METRICS_FILE), LinesFollower(folder / EVENTS_FILE)
     try:
         while True:
-            is_over = find_run(run_id, home=place).is_over
+            has_ended = is_over(folder, store)
             for event in events.new_lines()[0]:
                 output().print("  ".join(event_row(event)), markup=False)
             for line in steps.new_lines()[0]:
                 output().print("  ".join(f"{name} {number(value)}" for name, value in line.items()), markup=False)
-            if is_over:
+            if has_ended:
                 return
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    finally:
+        store.close()
 
 
 @runs.command()
@@ -108,11 +111,11 @@ def resume(
 ) -> None:
     """Go on with a run that ended too early, from its newest whole checkpoint, on as many workers as there are now."""
     from cluster.entrypoint import resuming_argv
-    from cluster.runs import find_run
+    from hone.run_folder import find_run_folder
     from hone.storage import Home
 
     place = Home(home)
-    find_run(run_id, home=place)
+    find_run_folder(place, run_id)
     raise typer.Exit(run_training(resuming_argv(run_id, overrides or [], home=place.root, address=address), address=address))
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hone.errors import HoneError, ResourceError
+from hone.errors import ResourceError
 from hone.run_folder import (
     EXPORT_FOLDER,
     FAILURE_FILE,
@@ -20,6 +20,7 @@ from hone.run_folder import (
     Attempt,
     attempts,
     driver_of,
+    find_run_folder,
     read_events,
     read_metrics,
 )
@@ -49,10 +50,6 @@ class Run:
     events: list[dict[str, Any]]
     changed_at: datetime
 
-    @property
-    def is_over(self) -> bool:
-        return self.status != "running"
-
     def summary(self) -> dict[str, Any]:
         """What a list says of it."""
         return {
@@ -70,7 +67,10 @@ class Run:
 
 def all_runs(home: Home) -> list[Run]:
     """Every run of a home, the last one that moved first."""
-    found = [_read(path.parent, home) for path in home.runs.glob(f"*/{JOB_FILE}")] if home.runs.is_dir() else []
+    if not home.runs.is_dir():
+        return []
+    with closing(Store(home.store_url)) as store:
+        found = [_read(path.parent, store) for path in home.runs.glob(f"*/{JOB_FILE}")]
     return sorted(found, key=lambda run: run.changed_at, reverse=True)
 
 
@@ -80,10 +80,14 @@ def find_run(run_id: str, *, home: Home) -> Run:
     Raises:
         HoneError: there is none of that name.
     """
-    folder = home.runs / run_id
-    if not (folder / JOB_FILE).exists():
-        raise HoneError(f"no run {run_id!r} in {home.runs}; `hone runs list` shows those that there are")
-    return _read(folder, home)
+    folder = find_run_folder(home, run_id)
+    with closing(Store(home.store_url)) as store:
+        return _read(folder, store)
+
+
+def is_over(folder: Path, store: Store) -> bool:
+    """Whether a run has ended, without reading what it wrote."""
+    return _state(folder, store)[0] != "running"
 
 
 def stop_run(run_id: str, *, home: Home) -> str:
@@ -93,7 +97,7 @@ def stop_run(run_id: str, *, home: Home) -> str:
         ResourceError: it runs on another machine, or does not end.
     """
     run, driver = find_run(run_id, home=home), driver_of(home.runs / run_id)
-    if run.is_over or driver is None:
+    if run.status != "running" or driver is None:
         return run.status
     if not driver.is_here:
         from cluster.jobs import stop
@@ -117,13 +121,13 @@ def differences(recipes: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
-def _read(folder: Path, home: Home) -> Run:
+def _read(folder: Path, store: Store) -> Run:
     job = json.loads((folder / JOB_FILE).read_text())
     lines = read_metrics(folder)
     last: dict[str, Any] = {}
     for line in lines:
         last |= line
-    status, result = _state(folder, home)
+    status, result = _state(folder, store)
     newest = max(path.stat().st_mtime for path in (folder / METRICS_FILE, folder / JOB_FILE, folder / EXPORT_FOLDER) if path.exists())
     return Run(
         id=folder.name,
@@ -140,12 +144,10 @@ def _read(folder: Path, home: Home) -> Run:
     )
 
 
-def _state(folder: Path, home: Home) -> tuple[str, str]:
+def _state(folder: Path, store: Store) -> tuple[str, str]:
     if (folder / RESULT_FILE).exists():
         return "succeeded", json.loads((folder / RESULT_FILE).read_text())["adapter"] or ""
-    with closing(Store(home.store_url)) as store:
-        job = store.job(folder.name)
-    driver = driver_of(folder)
+    job, driver = store.job(folder.name), driver_of(folder)
     if job is not None and job.status in ENDED:
         return job.status, (job.result or "").partition("\n")[0]
     if driver and driver.is_here and not driver.is_alive:

@@ -5,7 +5,7 @@
     metrics.jsonl      a line a step and a line a validation, as they count in the end
     metrics.parquet    the same as a table, once the workers have ended; tensorboard/ likewise, as they happen
     logs/              what each rank wrote to its output
-    events.jsonl       what happened: attempts, checkpoints, losses of workers, the end
+    events.jsonl       what happened: attempts, checkpoints, stalls, what did not fit into memory
     ledger/            which rows every step of every attempt saw, and its loss
     health/            what each rank does now, and its stack
     checkpoints/       state to go on from
@@ -25,7 +25,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hone.storage import write_text
+from hone.errors import HoneError
+from hone.storage import Home, write_text
 
 JOB_FILE = "job.json"
 METRICS_FILE = "metrics.jsonl"
@@ -36,6 +37,18 @@ EXPORT_FOLDER = "export"
 DRIVER_FILE = "driver.json"
 LEDGER_FOLDER = "ledger"
 CHECKPOINTS_FOLDER = "checkpoints"
+
+
+def find_run_folder(home: Home, run_id: str) -> Path:
+    """The folder of a run.
+
+    Raises:
+        HoneError: there is no run of that name.
+    """
+    folder = home.runs / run_id
+    if not (folder / JOB_FILE).exists():
+        raise HoneError(f"no run {run_id!r} in {home.runs}; `hone runs list` shows those that there are")
+    return folder
 
 
 class Attempt(BaseModel):

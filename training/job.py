@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from hone.folder import Folder
 from hone.manifest import BaseModelId
-from hone.places import Folder
 from hone.recipe import Recipe
 from hone.run_folder import CHECKPOINTS_FOLDER, EXPORT_FOLDER, JOB_FILE
 from hone.storage import write_text

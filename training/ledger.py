@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from hone.run_folder import LEDGER_FOLDER, Attempt, attempt_file, attempts
+from hone.run_folder import LEDGER_FOLDER, Attempt, attempt_file, attempts, read_lines
 from hone.storage import write_new
 from training.batches import Rows
 
@@ -48,7 +48,7 @@ class Ledger:
 
     def write(self, step: int, rows: Iterable[Rows], *, loss: float, seed: int) -> None:
         """Say what was learnt from at a step (from 1)."""
-        numbers = [int(row) for part in rows for row in part]
+        numbers = [row for part in rows for row in part.tolist()]
         self._file.write(json.dumps({"step": step, "rows": numbers, "loss": loss, "seed": seed}, separators=(",", ":")) + "\n")
 
     def sync(self) -> None:
@@ -87,12 +87,8 @@ def lines(folder: Path, attempt: Attempt) -> dict[int, dict[int, Line]]:
     """Step -> rank -> what it did, of one attempt. What a killed worker wrote half of is left out."""
     made: dict[int, dict[int, Line]] = {}
     for rank in range(attempt.world_size):
-        path = folder / LEDGER_FOLDER / _lines_file(attempt.number, rank)
-        if path.exists():
-            for text in path.read_text().splitlines(keepends=True):
-                if text.endswith("\n"):
-                    line = Line.model_validate_json(text)
-                    made.setdefault(line.step, {})[rank] = line
+        for written in read_lines(folder / LEDGER_FOLDER / _lines_file(attempt.number, rank)):
+            made.setdefault(written["step"], {})[rank] = Line(**written)
     return made
 
 

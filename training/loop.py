@@ -30,7 +30,7 @@ def train(job: Job, worker: Worker) -> None:
     picking = picks_best(recipe, has_validation=bool(len(run.validation)))
     golden_rows = run.validation if len(run.validation) else run.rows
 
-    resumed = resume(job, run.state, worker, job.checkpoints)
+    resumed = resume(job, run.state, worker)
     guard, saved, noticed = resumed.guard, resumed.step, False
     losses = LossWatch(spread=recipe.health.spike_spread)
     about = {"total_steps": total_steps, "trained_parameters": run.groups.trained_parameters}

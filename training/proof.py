@@ -12,8 +12,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from hone.errors import HoneError
 from hone.recipe import Recipe
-from hone.run_folder import JOB_FILE, Attempt, attempts
+from hone.run_folder import Attempt, attempts, find_run_folder
 from hone.storage import Home
 from training.batches import BatchPlan, batch_plan
 from training.job import Job
@@ -133,9 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_id")
     parser.add_argument("--home")
     args = parser.parse_args(argv)
-    folder = Home(args.home).runs / args.run_id
-    if not (folder / JOB_FILE).exists():
-        print(f"hone: no run {args.run_id!r} in {folder.parent}; `hone runs list` shows those that there are", file=sys.stderr)  # noqa: T201
+    try:
+        folder = find_run_folder(Home(args.home), args.run_id)
+    except HoneError as error:
+        print(f"hone: {error.message}", file=sys.stderr)  # noqa: T201
         return 1
     job = Job.load(folder)
     plan = batch_plan(job.recipe, job.data.sources)

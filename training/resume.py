@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hone.base_model import find_base_model
 from hone.errors import RecipeError, RunFailedError
 from hone.recipe import Recipe, parse_override, with_overrides
-from hone.run_folder import FAILURE_FILE, JOB_FILE, RESULT_FILE, driver_of, tell
+from hone.run_folder import FAILURE_FILE, RESULT_FILE, driver_of, find_run_folder, tell
 from hone.storage import Home
 from training.data import prepare_data
 from training.job import Job
@@ -26,11 +26,11 @@ def resume_job(run_id: str, overrides: Sequence[str], *, home: Home, watch: Watc
         watch: Told how far the data is, where it has to be prepared again.
 
     Raises:
-        RunFailedError: there is no such run, it is done, or its base or data are no longer what they were. RecipeError: another key.
+        HoneError: there is no such run.
+        RunFailedError: it is done, or its base or data are no longer what they were.
+        RecipeError: another key.
     """
-    folder = home.runs / run_id
-    if not (folder / JOB_FILE).exists():
-        raise RunFailedError(f"no run {run_id!r} in {home.runs}; `hone runs list` shows those that there are")
+    folder = find_run_folder(home, run_id)
     if (folder / RESULT_FILE).exists():
         raise RunFailedError(f"{run_id} is done; its result is in {folder / RESULT_FILE}")
     driver = driver_of(folder)

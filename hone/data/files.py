@@ -3,10 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from hone.errors import DataError
+from hone.folder import filesystem_of, first_line
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -100,7 +101,7 @@ def _behind(source: str) -> list[DataFile]:
             if info.type == FileType.Directory:
                 infos = filesystem.get_file_info(FileSelector(path, recursive=True))
     except OSError as error:
-        raise DataError(f"{source}: cannot be read ({_first_line(error)})") from None
+        raise DataError(f"{source}: cannot be read ({first_line(error)})") from None
     is_one = not wild and len(infos) == 1 and infos[0].path == path
     files = [_file(info, filesystem, prefix, root=root, named=is_one) for info in sorted(infos, key=lambda info: info.path) if info.is_file]
     known = [file for file in files if file is not None]
@@ -131,17 +132,11 @@ def _file(info: Any, filesystem: Any, prefix: str, *, root: str, named: bool) ->
 
 def _filesystem(source: str) -> tuple[Any, str, str]:
     """File system, path in it, and what stands before such a path in its URI."""
-    from pyarrow import ArrowException
-    from pyarrow.fs import FileSystem, LocalFileSystem
-
     if "://" not in source:
-        return LocalFileSystem(), str(Path(source).expanduser().absolute()), ""
+        return *filesystem_of(source), ""
     wild = WILDCARDS.search(source)
     plain = source[: wild.start()] if wild else source  # a URI may not hold wildcards
-    try:
-        filesystem, path = FileSystem.from_uri(plain)
-    except (ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{source}: cannot be opened ({_first_line(error)})") from None
+    filesystem, path = filesystem_of(plain, named=source, wrong=DataError)
     rest = source[wild.start() :] if wild else ""
     if rest and plain.endswith("/") and not path.endswith("/"):
         path += "/"
@@ -154,7 +149,3 @@ def _glob(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
     meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.compile("".join(meaning.get(part) or (part if CHARACTER_CLASS.fullmatch(part) else re.escape(part)) for part in parts))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

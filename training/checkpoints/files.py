@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from hone.errors import HoneError
-from hone.places import Folder
+from hone.folder import Folder
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -174,9 +174,6 @@ class PieceReader:
         """Tensor -> (first element, one past the last, file, where in it, type) of each run."""
         for part in parts:
             self._index(part.name)
-
-    def __contains__(self, tensor: str) -> bool:
-        return tensor in self._runs
 
     def fill(self, tensor: str, start: int, values: torch.Tensor) -> None:
         """Put the elements from `start` on into `values`.

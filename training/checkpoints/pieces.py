@@ -35,10 +35,6 @@ class Piece:
     is_shared: bool
     """Whether every rank holds the same."""
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.values.numel()
-
 
 @dataclass(frozen=True, eq=False)
 class _Held:
@@ -80,14 +76,8 @@ class TrainedState:
         if self._average:
             for name, (start, mean) in zip(self._parameters, self._average.parts(), strict=True):
                 yield Piece("average", name, start, mean, not self._average.is_sharded)
-        for name, buffer in self.buffers().items():
+        for name, buffer in self._buffers().items():
             yield Piece("buffer", name, 0, buffer.detach().view(-1), True)
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """Those that are saved with a model, such as the running means of batch norm."""
-        parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
-        kept = self._module.state_dict(keep_vars=True)
-        return {name: value for name, value in kept.items() if name not in parameters and isinstance(value, torch.Tensor) and value.numel()}
 
     def steps(self) -> dict[str, int]:
         """How often AdamW has moved each parameter that this rank holds a part of; it divides its moments by what follows from that."""
@@ -125,6 +115,12 @@ class TrainedState:
             for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 for weight, master in zip(weights, masters, strict=True):
                     weight.data.copy_(master.data)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """Those that are saved with a model, such as the running means of batch norm."""
+        parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
+        kept = self._module.state_dict(keep_vars=True)
+        return {name: value for name, value in kept.items() if name not in parameters and isinstance(value, torch.Tensor) and value.numel()}
 
     def _held(self, parameter: torch.nn.Parameter) -> _Held | None:
         optimizer = self._optimizer

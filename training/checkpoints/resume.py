@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from hone.errors import RunFailedError
-from hone.places import Folder
+from hone.folder import Folder
 from hone.run_folder import tell
 from training.checkpoints.files import Checkpoint, DamagedCheckpointError, PieceReader, check_part, find, key_of, read_index
 from training.checkpoints.pieces import TrainedState
@@ -29,17 +29,15 @@ class Resumed:
     """Steps that are done."""
     guard: Guard = field(default_factory=Guard)
     """What the guard has seen in them."""
-    passed_over: tuple[str, ...] = ()
-    """Why newer checkpoints were not used."""
 
 
-def resume(job: Job, state: TrainedState, worker: Worker, root: Folder) -> Resumed:
+def resume(job: Job, state: TrainedState, worker: Worker) -> Resumed:
     """Load the newest whole checkpoint, if there is one, and begin an attempt in the ledger. Every rank takes part.
 
     Raises:
         RunFailedError: the ledger does not prove the steps that the checkpoint says are done.
     """
-    passed_over: list[str] = []
+    root, passed_over = job.checkpoints, list[str]()
     for name in _same_on_all(find(root) if worker.rank == 0 else []):
         folder = root.below(name)
         damage = _damage(folder, worker)
@@ -93,9 +91,7 @@ def _begin(job: Job, worker: Worker, checkpoint: Checkpoint | None, passed_over:
         number = begin_attempt(job.folder, **about, world_size=worker.world_size, workers=everyone).number
         tell(job.folder, "attempt", number=number, **about, world_size=worker.world_size)
     number = _same_on_all(number)
-    if checkpoint is None:
-        return Resumed(number, passed_over=tuple(passed_over))
-    return Resumed(number, checkpoint.step, Guard(**checkpoint.guard), tuple(passed_over))
+    return Resumed(number, checkpoint.step, Guard(**checkpoint.guard)) if checkpoint else Resumed(number)
 
 
 def _same_on_all(value: T) -> T:

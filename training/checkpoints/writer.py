@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hone.folder import Folder
 from hone.methods import METHODS
-from hone.places import Folder
 from hone.run_folder import tell
 from training.checkpoints.files import Checkpoint, Part, folder_name, keep, key_of, write_index, write_part
 from training.checkpoints.pieces import Piece, TrainedState
 from training.guard import Guard
 from training.job import Job
-from training.ledger import Ledger
+from training.ledger import Ledger, SupersededError
 from training.worker import Worker
 
 PART_WAIT_S = 600.0
@@ -93,13 +93,12 @@ class CheckpointWriter:
             if rank:
                 return
             parts, adam_steps = ([part], adam_steps) if self._is_small else self._all_parts(folder)
-            if not self._ledger.is_newest():
-                raise TimeoutError("the run was started again elsewhere")
+            self._ledger.refuse_superseded()
             write_index(folder, Checkpoint(**about, world_size=self._worker.world_size, adam_steps=adam_steps, parts=parts))
             keep(root, last=self._job.recipe.checkpoints.keep_last, best_step=about["guard"]["best_step"])
             took = {"waited_s": round(waited_s, 4), "written_s": round(time.monotonic() - began, 3)}
             tell(self._job.folder, "checkpoint", step=about["step"], bytes=sum(part.size for part in parts), **took)
-        except (OSError, TimeoutError) as error:
+        except (OSError, SupersededError) as error:
             # The run goes on: what it has learnt is worth more than this checkpoint, and the one before is still there.
             tell(self._job.folder, "checkpoint_failed", step=about["step"], rank=rank, why=str(error))
 
@@ -108,7 +107,8 @@ class CheckpointWriter:
         deadline = time.monotonic() + PART_WAIT_S
         while missing := set(range(self._worker.world_size)) - said.keys():
             said |= {rank: found for rank in missing if (found := _said(folder, rank))}
-            if self._is_abandoned or time.monotonic() > deadline or not self._ledger.is_newest():
+            self._ledger.refuse_superseded()
+            if self._is_abandoned or time.monotonic() > deadline:
                 raise TimeoutError(f"ranks {sorted(missing)} have not written their parts")
             time.sleep(POLL_S)
         parts = [Part.model_validate(said[rank]["part"]) for rank in sorted(said)]

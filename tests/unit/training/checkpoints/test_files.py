@@ -10,7 +10,7 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from safetensors.torch import load_file
 
 from hone.errors import ResourceError
-from hone.places import Folder
+from hone.folder import Folder
 from training.checkpoints.files import (
     INDEX,
     Checkpoint,

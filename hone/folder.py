@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hone.errors import ResourceError
+from hone.errors import HoneError, ResourceError
 
 
 class Folder:
@@ -22,16 +22,7 @@ class Folder:
         if filesystem is not None:
             self._filesystem, self._path = filesystem, str(where)
             return
-        from pyarrow import ArrowException
-        from pyarrow.fs import FileSystem, LocalFileSystem
-
-        if "://" not in self._name:
-            self._filesystem, self._path = LocalFileSystem(), str(Path(where).absolute())
-            return
-        try:
-            self._filesystem, self._path = FileSystem.from_uri(self._name)
-        except (ArrowException, OSError, ValueError) as error:
-            raise ResourceError(f"{where}: cannot be opened ({str(error).splitlines()[0]})") from None
+        self._filesystem, self._path = filesystem_of(self._name)
 
     def __str__(self) -> str:
         return self._name
@@ -44,11 +35,10 @@ class Folder:
 
     def folders(self) -> list[str]:
         """Names of the folders in it; none where it is not there yet."""
-        return [info.base_name for info in self._infos() if info.type.name == "Directory"]
+        from pyarrow.fs import FileSelector, FileType
 
-    def files(self) -> list[str]:
-        """Names of the files in it; none where it is not there yet."""
-        return [info.base_name for info in self._infos() if info.is_file]
+        infos = self._filesystem.get_file_info(FileSelector(self._path, allow_not_found=True))
+        return [info.base_name for info in infos if info.type == FileType.Directory]
 
     def size(self, name: str) -> int | None:
         """Bytes of a file in it; None where there is no such file."""
@@ -82,7 +72,27 @@ class Folder:
     def remove_folder(self, name: str) -> None:
         self._filesystem.delete_dir(f"{self._path}/{name}")
 
-    def _infos(self) -> list[Any]:
-        from pyarrow.fs import FileSelector
 
-        return list(self._filesystem.get_file_info(FileSelector(self._path, allow_not_found=True)))
+def filesystem_of(where: str, *, named: str | None = None, wrong: type[HoneError] = ResourceError) -> tuple[Any, str]:
+    """The `pyarrow.fs.FileSystem` of a path or URI, and the path in it.
+
+    Args:
+        where: Path or URI.
+        named: What people are told of it by, where that is something else.
+        wrong: What to raise where there is no file system for that URI.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.fs import FileSystem, LocalFileSystem
+
+    if "://" not in where:
+        return LocalFileSystem(), str(Path(where).expanduser().absolute())
+    try:
+        filesystem, path = FileSystem.from_uri(where)
+    except (ArrowException, OSError, ValueError) as error:
+        raise wrong(f"{named or where}: cannot be opened ({first_line(error)})") from None
+    return filesystem, path
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to what fits into a line of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
