@@ -57,7 +57,7 @@ def make_recipe(base: Path, train: Path, task: str, method: str | dict[str, Any]
 def make_run(folder: Path, recipe: Recipe, home: Home, *, moved: float = 0.02) -> Job:
     """A run whose weights moved by as much as a training might."""
     job = prepared(recipe, folder, home=home)
-    model, method, task = build_model(job, dtype=torch.float32, sharded=False)[0].eval(), METHODS[recipe.method.type], TASKS[recipe.task]
+    model, method, task = build_model(job, dtype=torch.float32)[0].eval(), METHODS[recipe.method.type], TASKS[recipe.task]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -17,6 +17,8 @@ from hone.recipe import Recipe
 from models.methods import METHODS, Applying, quantisation
 from models.tasks import TASKS, Head, Task
 from training.job import Job
+from training.sharded_base import load_sharded
+from training.zero import sharded_loading
 
 DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "attn_dropout", "dropout_prob", "dropout_rate")
 """Names under which models keep a share to drop that is no module of its own."""
@@ -29,17 +31,17 @@ def choose_dtype(recipe: Recipe, *, use_gpu: bool) -> torch.dtype:
     return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
 
-def build_model(job: Job, *, dtype: torch.dtype, sharded: bool, rank: int = 0) -> tuple[Any, list[str]]:
+def build_model(job: Job, *, dtype: torch.dtype, zero3: dict[str, Any] | None = None, rank: int = 0) -> tuple[Any, list[str]]:
     """Base model plus method, identical on every rank and at every ZeRO stage, and the names of the modules that start fresh.
 
     Args:
         job: What to build.
         dtype: Type of the weights.
-        sharded: The caller holds an `HfDeepSpeedConfig` for stage 3, so loading gives each rank its shard alone.
+        zero3: DeepSpeed's configuration, where it is of stage 3: each rank gets its shards alone.
         rank: Which of the workers this is.
     """
     recipe, task = job.recipe, TASKS[job.recipe.task]
-    model, fresh = load_base(job, dtype=dtype, sharded=sharded, options=quantisation(recipe.method))
+    model, fresh = load_base(job, dtype=dtype, zero3=zero3, options=quantisation(recipe.method))
     heads = task.head_modules(model, fresh)
     _drop_no_layers(model)
     if recipe.train.dropout is not None:
@@ -48,23 +50,31 @@ def build_model(job: Job, *, dtype: torch.dtype, sharded: bool, rank: int = 0) -
     how = Applying(
         task,
         heads,
-        gather=partial(gathered, sharded=sharded),
-        write=partial(gathered, sharded=sharded, modifier_rank=0),
+        gather=partial(gathered, sharded=bool(zero3)),
+        write=partial(gathered, sharded=bool(zero3), modifier_rank=0),
         folder=job.folder,
         rank=rank,
     )
-    model = METHODS[recipe.method.type].apply(model, recipe.method, how)
+    with sharded_loading(zero3):
+        model = METHODS[recipe.method.type].apply(model, recipe.method, how)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model, heads
 
 
-def load_base(job: Job, *, dtype: torch.dtype, sharded: bool = False, options: dict[str, Any] | None = None) -> tuple[Any, set[str]]:
+def load_base(
+    job: Job, *, dtype: torch.dtype, zero3: dict[str, Any] | None = None, options: dict[str, Any] | None = None
+) -> tuple[Any, set[str]]:
     """The base as training begins with it, and the parameters that its folder does not have, which are drawn from the recipe's seed."""
     task = TASKS[job.recipe.task]
-    model, fresh = task.load_model(job.base_folder, head=job.head, dtype=dtype, pad_token_id=job.data.pad_token_id, options=options)
-    _start_fresh_weights(model, fresh, seed=job.recipe.train.seed, sharded=sharded)
+    if zero3 and job.head == Head() and not options:
+        model = load_sharded(job.base_folder, model_class=task.model_class(), dtype=dtype, config=zero3)
+        if model is not None:
+            return model, set()
+    with sharded_loading(zero3):
+        model, fresh = task.load_model(job.base_folder, head=job.head, dtype=dtype, pad_token_id=job.data.pad_token_id, options=options)
+        _start_fresh_weights(model, fresh, seed=job.recipe.train.seed, sharded=bool(zero3))
     return model, fresh
 
 

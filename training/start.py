@@ -22,7 +22,7 @@ from training.optim import Groups, make_optimizer
 from training.retention import Retention
 from training.token_rows import TokenRows
 from training.worker import Worker
-from training.zero import deepspeed_config, fit_buckets, prepare_deepspeed, sharded_loading
+from training.zero import deepspeed_config, fit_buckets, prepare_deepspeed
 
 
 @dataclass(eq=False)
@@ -72,8 +72,7 @@ def start(job: Job, worker: Worker) -> Started:
     rows = TokenRows(job.data, "train")
     plan = batch_plan(recipe, job.data.sources)
     config = deepspeed_config(recipe, dtype=dtype, use_gpu=job.use_gpu)
-    with sharded_loading(config):
-        model, heads = build_model(job, dtype=dtype, sharded=recipe.zero.stage == 3, rank=worker.rank)
+    model, heads = build_model(job, dtype=dtype, zero3=config if recipe.zero.stage == 3 else None, rank=worker.rank)
     packed = choose_packing(model, task, recipe.train)
     inputs = inputs_of(job)
     batcher = Batcher(task, recipe.train, worker, packed=packed, inputs=inputs, device=device)

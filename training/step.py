@@ -17,6 +17,7 @@ from training.forward import sum_over_workers
 from training.ledger import Ledger
 from training.optim import learning_rate
 from training.start import Started
+from training.zero import step_optimizer
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def take_step(run: Started, step: int, *, ledger: Ledger, checkpoint: int) -> Ta
     if not torch.isfinite(totals).all():
         suspects = [portion for portion, loss in zip(portions, losses, strict=True) if not torch.isfinite(loss)]
         refuse_bad_loss(run, suspects, step=step + 1, checkpoint=checkpoint)
-    engine.step()
+    norm = step_optimizer(engine)
     if run.average:
         run.average.update(step + 1)
     *values, noticed = totals.tolist()
@@ -73,7 +74,7 @@ def take_step(run: Started, step: int, *, ledger: Ledger, checkpoint: int) -> Ta
         "epoch": round((step + 1) / run.plan.steps_per_epoch, 4),
         **means,
         "learning_rate": lr,
-        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "grad_norm": norm,
         "rows": len(rows),
         **({"tokens": int(run.rows.lengths[rows].sum())} if run.batcher.reads_tokens else {}),
         **times,

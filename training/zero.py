@@ -64,9 +64,12 @@ def prepare_deepspeed(*, use_gpu: bool) -> Any:
 
 
 @contextmanager
-def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
-    """Under ZeRO-3, a block in which `from_pretrained` gives each rank its shard; transformers finds the setting by this object's life."""
-    if config["zero_optimization"]["stage"] < 3:
+def sharded_loading(config: dict[str, Any] | None) -> Iterator[None]:
+    """A block in which `from_pretrained` gives each rank its shard, by a configuration of stage 3; without one nothing is changed.
+
+    transformers finds the setting by this object's life.
+    """
+    if config is None:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
@@ -74,6 +77,19 @@ def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
     held = HfDeepSpeedConfig(config)
     yield
     del held
+
+
+def step_optimizer(engine: Any) -> float:
+    """Let the optimiser take its step; the 2-norm of the mean gradient, before it was clipped.
+
+    Without ZeRO, in fp32, DeepSpeed 0.19 clips by that norm and does not keep it.
+    """
+    if not hasattr(engine.optimizer, "_global_grad_norm"):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        engine.step()
+        return float(norm)
+    engine.step()
+    return float(engine.get_global_grad_norm())
 
 
 def shard(parameter: Any) -> tuple[int, int]:

@@ -21,6 +21,8 @@ from training.job import Job
 from training.launch import final_metrics
 
 STEPS = 32
+RATES = {"ia3": 1e-1, "prompt": 1e-1, "prefix": 5e-1}
+"""A few small numbers have far to go in so few steps."""
 SOME = {
     ("chat", "lora"),
     ("seq2seq", "adapter"),
@@ -62,7 +64,7 @@ def tree(case: Case, base: Path, rows: Path) -> dict[str, Any]:
         "base": str(base),
         "data": {"train": str(rows), "validation_fraction": 0.25, "max_length": 64, "stop_on": []},
         "method": {"type": method},
-        "optim": {"learning_rate": 1e-1 if method in ("ia3", "prompt", "prefix") else 1e-2},
+        "optim": {"learning_rate": RATES.get(method, 1e-2)},
         "train": {"max_steps": STEPS, "num_train_epochs": STEPS, "global_batch_size": 16, "micro_batch_size": 8, "eval_steps": STEPS // 2},
         "zero": {"stage": stage},
         "scaling": {"num_workers": 2},

@@ -63,26 +63,26 @@ def write_labels(path: Path) -> Path:
     return path
 
 
-def plain_losses(job: Job) -> list[float]:
-    """The same recipe in one process of ordinary torch: no Ray, no DeepSpeed, one batch a step."""
+def plain_steps(job: Job) -> list[tuple[float, float]]:
+    """Loss, and norm of the gradient, at each step of the same recipe in one process of ordinary torch."""
     chosen = job.recipe
     rows, task = TokenRows(job.data, "train"), TASKS[chosen.task]
     plan = batch_plan(chosen, job.data.sources)
-    model, heads = build_model(job, dtype=torch.float32, sharded=False)
+    model, heads = build_model(job, dtype=torch.float32)
     model.train()
     optimizer, groups = make_optimizer(model, chosen, heads=heads, steps_per_epoch=plan.steps_per_epoch)
-    losses = []
+    steps = []
     for step in range(plan.total_steps):
         groups.set_step(optimizer, step, learning_rate(step, plan.total_steps, chosen.optim))
         batch = task.collate(rows.take(plan.rows(step)), inputs=inputs_of(job), packed=False)
         total, _ = task.loss(model, batch, LossOptions(label_smoothing=chosen.train.label_smoothing_factor))
         loss = total / int(rows.n_targets[plan.rows(step)].sum())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], chosen.optim.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], chosen.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        steps.append((loss.item(), norm.item()))
+    return steps
 
 
 SLOW_START = {"gradual_unfreezing": {"every_steps": 6}}
@@ -131,7 +131,7 @@ def runs(llama: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.mark.parametrize("name", CASES)
 def test_two_workers_follow_one_plain_process(runs: dict[str, Job], name: str) -> None:
     assert not failure(runs[name])
-    assert_same_losses(runs[name])
+    assert_same_steps(runs[name])
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -139,13 +139,14 @@ def test_so_do_two_workers_of_ray_train(llama: Path, tmp_path: Path, home: Home)
     chosen = recipe(llama, write_chats(tmp_path / "chat.jsonl"), task="chat", method={"type": "lora"}, stage=2)
     job = prepare_job(chosen, home=home, run_id="equal")
     fit(job)
-    assert_same_losses(job)
+    assert_same_steps(job)
 
 
-def assert_same_losses(job: Job) -> None:
-    measured = [m["loss"] for m in read_metrics(job.folder) if "loss" in m]
-    expected = plain_losses(job)
+def assert_same_steps(job: Job) -> None:
+    measured = [(m["loss"], m["grad_norm"]) for m in read_metrics(job.folder) if "loss" in m]
+    expected = plain_steps(job)
     assert len(measured) == STEPS
-    worst = max(abs(a - b) for a, b in zip(measured, expected, strict=True))
+    worst = max(abs(a - b) for (a, _), (b, _) in zip(measured, expected, strict=True))
     assert worst <= 1e-5, f"losses part by {worst:.1e}"
-    assert not math.isclose(measured[0], measured[-1], rel_tol=0.02), "nothing was learnt, so equality shows nothing"
+    assert [norm for _, norm in measured] == pytest.approx([norm for _, norm in expected], rel=1e-3)
+    assert not math.isclose(measured[0][0], measured[-1][0], rel_tol=0.02), "nothing was learnt, so equality shows nothing"

@@ -73,7 +73,7 @@ def jobs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ca
 def learn(job: Job) -> tuple[Any, list[float], dict[str, torch.Tensor]]:
     """The trained model, its losses, and a batch of golden rows."""
     task, method = TASKS[job.recipe.task], METHODS[job.recipe.method.type]
-    model, heads = build_model(job, dtype=torch.float32, sharded=False)
+    model, heads = build_model(job, dtype=torch.float32)
     optimizer, groups = make_optimizer(model, job.recipe, heads=heads, steps_per_epoch=STEPS)
     rows, inputs = TokenRows(job.data, "train"), inputs_of(job)
     options = LossOptions(base=lambda: method.off(model) if METHOD_FACTS[job.recipe.method.type].keeps_base else nullcontext())
@@ -119,7 +119,7 @@ def test_what_else_the_base_lacks_is_learnt_and_saved_like_the_head(
 def test_prompts_do_not_go_with_a_decoder_that_classifies(jobs: Callable[..., Job], bases: dict[str, Path]) -> None:
     job = jobs("text-classification", "prompt", {})
     with pytest.raises(RecipeError, match="finds where a row ends by its padding tokens"):
-        build_model(job.model_copy(update={"base_folder": bases["llama"]}), dtype=torch.float32, sharded=False)
+        build_model(job.model_copy(update={"base_folder": bases["llama"]}), dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def test_no_layer_is_dropped(tmp_path: Path) -> None:
         "data": {"train": str(write_sample(tmp_path, "audio-classification", rows=12)), "validation_fraction": 0, "stop_on": []},
     }
     job = prepared(parse_recipe(tree, where="test"), tmp_path / "run", home=Home(tmp_path / "home"))
-    model, heads = build_model(job, dtype=torch.float32, sharded=False)
+    model, heads = build_model(job, dtype=torch.float32)
     assert model.config.layerdrop == 0
     assert heads == ["projector", "classifier"]
     run = [0]
