@@ -4,11 +4,12 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+S3 := .venv-s3
 ROOMS := hone models training serving cluster
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports test-unit test-integration test-matrix test-heavy k8s-check bench bench-methods bench-tables docs clean
+.PHONY: help install s3-server demo test lint format types imports test-unit test-integration test-matrix test-heavy k8s-check bench bench-methods bench-tables docs clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,10 +24,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+s3-server: $(S3)/.installed  ## An S3 server to test against, apart from .venv: its libraries want older versions than constraints.txt pins
+
+$(S3)/.installed:
+	@# Without it the tests that need it are skipped, and say so.
+	$(PYTHON) -m venv $(S3) && $(S3)/bin/python -m pip install --quiet 'moto[s3]==5.2.5' flask flask-cors && touch $@ \
+		|| echo 'no S3 server could be installed'
+
 demo: install  ## Fine-tune, search, publish and serve on this machine, in a few minutes
 	$(BIN)/hone demo
 
-test: install lint types imports test-unit test-integration  ## Everything CI runs
+test: install s3-server lint types imports test-unit test-integration  ## Everything CI runs
 
 lint: install  ## Style
 	$(BIN)/ruff check .
@@ -74,4 +82,4 @@ docs: install  ## Write docs/cli.md, docs/recipe.md and docs/methods.md from the
 	$(BIN)/python -m docs.generate
 
 clean:  ## Remove the virtual environment and caches (not .hone)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+	rm -rf $(VENV) $(S3) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

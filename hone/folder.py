@@ -1,9 +1,12 @@
 """A folder wherever it is: on this machine, or in an object store through pyarrow.fs."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from hone.errors import HoneError, ResourceError
+from hone.object_store import open_store, split_query
 
 
 class Folder:
@@ -18,11 +21,11 @@ class Folder:
         Raises:
             ResourceError: no file system for that URI.
         """
-        self._name = str(where)
+        self._name = split_query(str(where))[0].rstrip("/")
         if filesystem is not None:
             self._filesystem, self._path = filesystem, str(where)
             return
-        self._filesystem, self._path = filesystem_of(self._name)
+        self._filesystem, self._path = filesystem_of(str(where))
 
     def __str__(self) -> str:
         return self._name
@@ -66,6 +69,22 @@ class Folder:
         self._filesystem.create_dir(self._path, recursive=True)
         return self._filesystem.open_output_stream(f"{self._path}/{name}")
 
+    def check_writable(self, what: str) -> None:
+        """Write a small file and remove it.
+
+        Args:
+            what: What people know it by, such as a key of the recipe.
+
+        Raises:
+            ResourceError: that cannot be done.
+        """
+        name = f".hone-{os.getpid()}"
+        try:
+            self.write(name, b"may be removed")
+            self.remove(name)
+        except OSError as error:
+            raise ResourceError(f"{what} {self}: cannot be written ({first_line(error)}); {how_to_reach(self._name)}") from None
+
     def remove(self, name: str) -> None:
         self._filesystem.delete_file(f"{self._path}/{name}")
 
@@ -82,15 +101,26 @@ def filesystem_of(where: str, *, named: str | None = None, wrong: type[HoneError
         wrong: What to raise where there is no file system for that URI.
     """
     from pyarrow import ArrowException
-    from pyarrow.fs import FileSystem, LocalFileSystem
+    from pyarrow.fs import LocalFileSystem
 
     if "://" not in where:
         return LocalFileSystem(), str(Path(where).expanduser().absolute())
     try:
-        filesystem, path = FileSystem.from_uri(where)
+        return open_store(where)
     except (ArrowException, OSError, ValueError) as error:
-        raise wrong(f"{named or where}: cannot be opened ({first_line(error)})") from None
-    return filesystem, path
+        raise wrong(f"{_without_key(named or where)}: cannot be opened ({first_line(error)})") from None
+
+
+def how_to_reach(where: str) -> str:
+    """What to look at where a path or URI cannot be read or written."""
+    if "://" not in where:
+        return "check the path and its permissions, on every node"
+    keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if where.startswith("s3:") else "credentials"
+    return f"check bucket, endpoint and {keys}, on every node"
+
+
+def _without_key(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", split_query(uri)[0])
 
 
 def first_line(error: BaseException) -> str:

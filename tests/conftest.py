@@ -15,6 +15,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 
 from hone.storage import Home
+from tests.s3 import Store, running_store
 from tests.tiny import make_ast, make_bart, make_bert, make_llama, make_t5, make_vit
 
 # A job in a shell's background starts with SIGINT ignored, and so would every command that a test starts and then interrupts.
@@ -63,6 +64,12 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("the real data sets (../shared/data) are not beside this checkout")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[Store]:
+    """An S3 server of this session's own, on loopback."""
+    yield from running_store()
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ class Job(BaseModel):
     def checkpoints(self) -> Folder:
         """Where its checkpoints are."""
         uri = self.recipe.checkpoints.uri
-        return Folder(f"{uri.rstrip('/')}/{self.run_id}") if uri else Folder(self.folder / CHECKPOINTS_FOLDER)
+        return Folder(uri).below(self.run_id) if uri else Folder(self.folder / CHECKPOINTS_FOLDER)
 
     def save(self) -> None:
         write_text(self.folder / JOB_FILE, self.model_dump_json(indent=2) + "\n")

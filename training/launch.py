@@ -10,6 +10,7 @@ from typing import Any
 
 from hone.base_model import find_base_model
 from hone.errors import DataError, HoneError, RunFailedError
+from hone.folder import Folder
 from hone.recipe import Recipe, with_overrides
 from hone.run_folder import FAILURE_FILE, attempts, read_metrics, tell
 from hone.storage import Home
@@ -53,6 +54,8 @@ def prepare_job(
     from training.model import check_model
 
     home.ready()
+    if recipe.checkpoints.uri:
+        Folder(recipe.checkpoints.uri).check_writable("checkpoints.uri")
     base = find_base_model(recipe.base, home=home, revision=recipe.revision)
     data = prepare_data(recipe, base, home=home, watch=watch)
     if recipe.search and recipe.search.metric.startswith("eval_") and not data.validation_rows:

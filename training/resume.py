@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from hone.base_model import find_base_model
 from hone.errors import RecipeError, RunFailedError
+from hone.folder import Folder
 from hone.recipe import Recipe, parse_override, with_overrides
 from hone.run_folder import FAILURE_FILE, RESULT_FILE, driver_of, find_run_folder, tell
 from hone.storage import Home
@@ -38,6 +39,8 @@ def resume_job(run_id: str, overrides: Sequence[str], *, home: Home, watch: Watc
         raise RunFailedError(f"{run_id} is still run by process {driver.pid}; `hone runs stop {run_id}` ends it")
     job = Job.load(folder)
     recipe = _changed(job.recipe, overrides)
+    if recipe.checkpoints.uri:
+        Folder(recipe.checkpoints.uri).check_writable("checkpoints.uri")
     base = find_base_model(recipe.base, home=home, revision=recipe.revision)
     data = prepare_data(recipe, base, home=home, watch=watch)
     for what, before, now in (("base", job.base_id, base.id), ("data", job.data.digest, data.digest)):

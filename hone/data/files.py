@@ -7,7 +7,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from hone.errors import DataError
-from hone.folder import filesystem_of, first_line
+from hone.folder import filesystem_of, first_line, how_to_reach
+from hone.object_store import split_query
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -101,7 +102,7 @@ def _behind(source: str) -> list[DataFile]:
             if info.type == FileType.Directory:
                 infos = filesystem.get_file_info(FileSelector(path, recursive=True))
     except OSError as error:
-        raise DataError(f"{source}: cannot be read ({first_line(error)})") from None
+        raise DataError(f"{split_query(source)[0]}: cannot be read ({first_line(error)}); {how_to_reach(source)}") from None
     is_one = not wild and len(infos) == 1 and infos[0].path == path
     files = [_file(info, filesystem, prefix, root=root, named=is_one) for info in sorted(infos, key=lambda info: info.path) if info.is_file]
     known = [file for file in files if file is not None]
@@ -134,10 +135,11 @@ def _filesystem(source: str) -> tuple[Any, str, str]:
     """File system, path in it, and what stands before such a path in its URI."""
     if "://" not in source:
         return *filesystem_of(source), ""
-    wild = WILDCARDS.search(source)
-    plain = source[: wild.start()] if wild else source  # a URI may not hold wildcards
-    filesystem, path = filesystem_of(plain, named=source, wrong=DataError)
-    rest = source[wild.start() :] if wild else ""
+    uri, query = split_query(source)
+    wild = WILDCARDS.search(uri)
+    plain = uri[: wild.start()] if wild else uri  # a URI may not hold wildcards
+    filesystem, path = filesystem_of(f"{plain}?{query}" if query else plain, named=uri, wrong=DataError)
+    rest = uri[wild.start() :] if wild else ""
     if rest and plain.endswith("/") and not path.endswith("/"):
         path += "/"
     scheme = source.partition("://")[0]

@@ -67,7 +67,9 @@ class CheckpointSettings(Settings):
     keep_last: int = Field(default=2, ge=1)
     """How many are kept, beside that of the best validation."""
     uri: str | None = None
-    """Folder or object store (s3://, gs://) for them, in which each run has its own; by default the run folder."""
+    """Folder or object store for them, in which each run has its own; by default the run folder. Such as `s3://bucket/path` or `gs://...`;
+    a store that is not Amazon's as `s3://bucket/path?endpoint_override=host:9000&scheme=http`, or by AWS_ENDPOINT_URL. Keys are never in
+    it: they are where the SDKs look for them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...), on every node."""
 
 
 class ZeroSettings(Settings):

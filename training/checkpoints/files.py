@@ -172,6 +172,8 @@ class PieceReader:
         self._folder = folder
         self._runs: dict[str, list[tuple[int, int, str, int, torch.dtype]]] = {}
         """Tensor -> (first element, one past the last, file, where in it, type) of each run."""
+        self._opened: tuple[str, Any] = ("", None)
+        """The file that was read last: pieces come in the order in which they were written, and to open one asks a store for its size."""
         for part in parts:
             self._index(part.name)
 
@@ -186,13 +188,18 @@ class PieceReader:
             low, high = max(start, first), min(stop, end)
             if low < high:
                 width = torch.empty(0, dtype=dtype).element_size()
-                with self._folder.opened(name) as file:
-                    file.seek(offset + (low - first) * width)
-                    found = torch.frombuffer(bytearray(file.read((high - low) * width)), dtype=dtype)
+                file = self._file(name)
+                file.seek(offset + (low - first) * width)
+                found = torch.frombuffer(bytearray(file.read((high - low) * width)), dtype=dtype)
                 values[low - start : high - start].copy_(found)
                 filled += high - low
         if filled != values.numel():
             raise DamagedCheckpointError(f"{self._folder}: has {filled} of {values.numel()} elements of {tensor} from {start} on")
+
+    def _file(self, name: str) -> Any:
+        if name != self._opened[0]:
+            self._opened = (name, self._folder.opened(name))
+        return self._opened[1]
 
     def _index(self, name: str) -> None:
         with self._folder.opened(name) as file:

@@ -5,8 +5,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from hone.errors import RunFailedError
-from hone.folder import Folder
+from hone.errors import ResourceError, RunFailedError
+from hone.folder import Folder, first_line, how_to_reach
 from hone.run_folder import tell
 from training.checkpoints.files import Checkpoint, DamagedCheckpointError, PieceReader, check_part, find, key_of, read_index
 from training.checkpoints.pieces import TrainedState
@@ -36,9 +36,10 @@ def resume(job: Job, state: TrainedState, worker: Worker) -> Resumed:
 
     Raises:
         RunFailedError: the ledger does not prove the steps that the checkpoint says are done.
+        ResourceError: nobody can say which checkpoints there are.
     """
     root, passed_over = job.checkpoints, list[str]()
-    for name in _same_on_all(find(root) if worker.rank == 0 else []):
+    for name in _same_on_all(_found(root) if worker.rank == 0 else []):
         folder = root.below(name)
         damage = _damage(folder, worker)
         if damage:
@@ -49,6 +50,13 @@ def resume(job: Job, state: TrainedState, worker: Worker) -> Resumed:
         _load(state, folder, checkpoint)
         return _begin(job, worker, checkpoint, passed_over)
     return _begin(job, worker, None, passed_over)
+
+
+def _found(root: Folder) -> list[str]:
+    try:
+        return find(root)
+    except OSError as error:
+        raise ResourceError(f"checkpoints in {root}: cannot be read ({first_line(error)}); {how_to_reach(str(root))}") from None
 
 
 def _damage(folder: Folder, worker: Worker) -> str:

@@ -28,11 +28,14 @@ from training.checkpoints.files import (
 )
 
 
-@pytest.fixture(params=["path", "filesystem"])
+@pytest.fixture(params=["path", "filesystem", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
-    """A folder by its path, and one in a file system that knows paths of its own alone, as an object store does."""
+    """A folder by its path, one in a file system that knows paths of its own alone, and one in an object store."""
     if request.param == "path":
         yield Folder(tmp_path / "checkpoints")
+    elif request.param == "s3":
+        store = request.getfixturevalue("store")
+        yield Folder(store.uri(f"{store.new_bucket()}/checkpoints"))
     else:
         yield Folder("checkpoints", filesystem=SubTreeFileSystem(str(tmp_path), LocalFileSystem()))
 
@@ -106,7 +109,7 @@ def test_a_checkpoint_is_one_once_its_index_is_there(root: Folder) -> None:
     write_part(root.below(folder_name(30, 1)), "part-00000.safetensors", {})
     assert find(root) == [folder_name(20, 1), folder_name(5, 1)]
     assert read_index(root.below(folder_name(5, 1))).step == 5
-    assert find(Folder(f"{root}/nowhere")) == []
+    assert find(root.below("nowhere")) == []
 
 
 OLD = {"format": 99, "step": 3, "attempt": 1, "loss": 1, "world_size": 1, "guard": {}, "adam_steps": {}, "parts": []}
