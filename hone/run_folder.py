@@ -4,6 +4,7 @@
     environment.json   versions, hardware, and the checkout that it was started in
     metrics.jsonl      a line a step and a line a validation, as they count in the end
     metrics.parquet    the same as a table, once the workers have ended; tensorboard/ likewise, as they happen
+    tracked/           up to which step each tracking service was told; wandb/ is that service's own
     logs/              what each rank wrote to its output
     events.jsonl       what happened: attempts, checkpoints, stalls, what did not fit into memory
     ledger/            which rows every step of every attempt saw, and its loss

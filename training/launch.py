@@ -24,6 +24,7 @@ from training.metrics import write_table
 from training.rank_log import logged
 from training.resources import Resources, plan_workers
 from training.token_cache import Watch, unwatched
+from training.tracking import Tracking, check_trackers
 
 MEASURED = {"eval_loss", "retain_loss"}
 
@@ -54,6 +55,7 @@ def prepare_job(
     from training.model import check_model
 
     home.ready()
+    check_trackers(recipe)
     if recipe.checkpoints.uri:
         Folder(recipe.checkpoints.uri).check_writable("checkpoints.uri")
     base = find_base_model(recipe.base, home=home, revision=recipe.revision)
@@ -90,14 +92,15 @@ def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
     Raises:
         RunFailedError: the workers stopped for a reason that a restart cannot mend, or failed more often than the recipe allows.
     """
-    while True:
-        try:
-            _run_workers(job, callbacks)
-            return final_metrics(job.folder)
-        except WorkersOutOfMemoryError as error:
-            job = _with_smaller_portions(job, error)
-        finally:
-            write_table(job.folder)
+    with Tracking(job):
+        while True:
+            try:
+                _run_workers(job, callbacks)
+                return final_metrics(job.folder)
+            except WorkersOutOfMemoryError as error:
+                job = _with_smaller_portions(job, error)
+            finally:
+                write_table(job.folder)
 
 
 def _run_workers(job: Job, callbacks: Sequence[Any]) -> None:

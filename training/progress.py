@@ -166,6 +166,8 @@ def _said(event: dict[str, Any]) -> str:
             return f"a pass did not fit into memory; goes on with train.micro_batch_size {event['micro_batch_size']}"
         case "checkpoint_failed":
             return f"the checkpoint of step {event['step']} could not be written: {event['why']}"
+        case "tracking_failed":
+            return f"{event['tracker']} is told no more: {event['why']}"
         case "stalled":
             return f"rank {event['rank']} ({event['worker']}) stands still: {event['why']}; every rank's stack is in {event['stacks']}"
         case "loss_spike":

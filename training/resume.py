@@ -12,8 +12,9 @@ from training.data import prepare_data
 from training.job import Job
 from training.resources import plan_workers
 from training.token_cache import Watch, unwatched
+from training.tracking import check_trackers
 
-MAY_CHANGE = ("scaling", "checkpoints", "publish")
+MAY_CHANGE = ("scaling", "checkpoints", "publish", "track")
 """Sections of a recipe that say nothing of what is learnt."""
 
 
@@ -22,7 +23,7 @@ def resume_job(run_id: str, overrides: Sequence[str], *, home: Home, watch: Watc
 
     Args:
         run_id: Which.
-        overrides: `KEY=VALUE` of what does not change what is learnt: scaling, checkpoints and publish.
+        overrides: `KEY=VALUE` of what does not change what is learnt: scaling, checkpoints, publish and track.
         home: Where runs are.
         watch: Told how far the data is, where it has to be prepared again.
 
@@ -39,6 +40,7 @@ def resume_job(run_id: str, overrides: Sequence[str], *, home: Home, watch: Watc
         raise RunFailedError(f"{run_id} is still run by process {driver.pid}; `hone runs stop {run_id}` ends it")
     job = Job.load(folder)
     recipe = _changed(job.recipe, overrides)
+    check_trackers(recipe)
     if recipe.checkpoints.uri:
         Folder(recipe.checkpoints.uri).check_writable("checkpoints.uri")
     base = find_base_model(recipe.base, home=home, revision=recipe.revision)

@@ -16,7 +16,15 @@ from hone.recipe.method import (
 )
 from hone.recipe.recipe import PublishSettings, Recipe
 from hone.recipe.search import AshaScheduler, Choice, Distribution, GridSearch, LogUniform, RandInt, SearchSettings, Uniform
-from hone.recipe.train import CheckpointSettings, OptimSettings, PreferenceSettings, ScalingSettings, TrainSettings, ZeroSettings
+from hone.recipe.train import (
+    CheckpointSettings,
+    OptimSettings,
+    PreferenceSettings,
+    ScalingSettings,
+    TrackSettings,
+    TrainSettings,
+    ZeroSettings,
+)
 
 __all__ = [
     "AdapterMethod",
@@ -49,6 +57,7 @@ __all__ = [
     "ScalingSettings",
     "SearchSettings",
     "TextAugmentation",
+    "TrackSettings",
     "TrainSettings",
     "Uniform",
     "ZeroSettings",

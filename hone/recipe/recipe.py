@@ -15,7 +15,15 @@ from hone.recipe.keys import all_keys
 from hone.recipe.method import LoraMethod, Method
 from hone.recipe.search import LogUniform, RandInt, SearchSettings, Uniform
 from hone.recipe.settings import Name, Settings
-from hone.recipe.train import CheckpointSettings, OptimSettings, PreferenceSettings, ScalingSettings, TrainSettings, ZeroSettings
+from hone.recipe.train import (
+    CheckpointSettings,
+    OptimSettings,
+    PreferenceSettings,
+    ScalingSettings,
+    TrackSettings,
+    TrainSettings,
+    ZeroSettings,
+)
 from hone.tasks import TASKS, TaskName
 
 
@@ -50,6 +58,7 @@ class Recipe(Settings):
     scaling: ScalingSettings = ScalingSettings()
     search: SearchSettings | None = None
     publish: PublishSettings = PublishSettings()
+    track: TrackSettings = TrackSettings()
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":

@@ -72,6 +72,16 @@ class CheckpointSettings(Settings):
     it: they are where the SDKs look for them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...), on every node."""
 
 
+class TrackSettings(Settings):
+    """Services that are told of a run beside TensorBoard, whose files are always in the run folder. Where they are and as whom is said by
+    their own environment variables (WANDB_API_KEY, WANDB_MODE, MLFLOW_TRACKING_URI), where the command runs."""
+
+    to: list[Literal["wandb", "mlflow"]] = Field(default=[])
+    """Each needs its extra: `pip install 'hone[wandb]'`, `pip install 'hone[mlflow]'`."""
+    project: str = Field(default="hone", min_length=1)
+    """Project of Weights & Biases, and experiment of MLflow."""
+
+
 class ZeroSettings(Settings):
     """What DeepSpeed shards over the workers (https://arxiv.org/abs/1910.02054)."""
 
