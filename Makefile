@@ -62,8 +62,8 @@ k8s-check: install  ## Manifests and cluster launcher files against their schema
 test-matrix: install  ## Every pair of task and method under ZeRO-0, 2 and 3 on two workers (about 8 minutes)
 	HONE_TEST_MATRIX=all $(BIN)/python -m pytest tests/integration/test_zero_matrix.py --timeout 3000
 
-test-heavy: install  ## Runs killed twenty times, and Ray nodes that are drained, die and join (about 20 minutes)
-	HONE_TEST_HEAVY=1 $(BIN)/python -m pytest tests/integration/test_kills.py tests/integration/test_nodes.py --timeout 3000
+test-heavy: install  ## Runs killed twenty times, Ray nodes that are drained, die and join, and 64 workers at once (about 25 minutes)
+	HONE_TEST_HEAVY=1 $(BIN)/python -m pytest tests/integration/test_kills.py tests/integration/test_nodes.py tests/integration/test_placement.py --timeout 3000
 
 bench: install  ## Measure step time against torchrun, a new version's first answer, and accuracy on real data
 	$(BIN)/python -m benchmarks.step_time

@@ -22,7 +22,7 @@ from training.job import Job
 from training.ledger import SupersededError
 from training.metrics import write_table
 from training.rank_log import logged
-from training.resources import Resources, plan_workers
+from training.resources import Resources, plan_workers, scaling_config
 from training.token_cache import Watch, unwatched
 from training.tracking import Tracking, check_trackers
 
@@ -115,12 +115,7 @@ def _run_workers(job: Job, callbacks: Sequence[Any]) -> None:
         train_loop_per_worker,
         train_loop_config={"folder": str(job.folder)},
         torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.most if scaling.most == scaling.fewest else (scaling.fewest, scaling.most),
-            elastic_resize_monitor_interval_s=scaling.resize_every_s,
-            use_gpu=job.use_gpu,
-            resources_per_worker=job.resources_per_worker,
-        ),
+        scaling_config=scaling_config(scaling, job.resources_per_worker, use_gpu=job.use_gpu),
         run_config=ray.train.RunConfig(
             name=f"ray-{len(attempts(job.folder)) + 1}",  # under a name that it knows, Ray would go on by what it remembers itself
             storage_path=str(job.folder),

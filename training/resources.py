@@ -1,11 +1,13 @@
 """Whether the cluster can give what a recipe asks for, asked before anything is launched."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from hone.errors import ResourceError
 from hone.recipe import Recipe
+from hone.recipe.train import ScalingSettings
 
 Resources = dict[str, float]
 
@@ -24,6 +26,7 @@ def plan_workers(recipe: Recipe) -> tuple[bool, Resources]:
                 time.sleep(1)
                 use_gpu, each, short, have = _compare(recipe)
     if not short:
+        _refuse_split_workers(recipe.scaling, each)
         return use_gpu, each
     wants = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
     has = ", ".join(f"{have.get(name, 0):g} {name}" for name in short)
@@ -31,6 +34,28 @@ def plan_workers(recipe: Recipe) -> tuple[bool, Resources]:
         f"scaling.num_workers {recipe.scaling.fewest} needs {wants} and this cluster has {has} in all; "
         "lower scaling.num_workers, or set scaling.wait_for_nodes_s where an autoscaler can add nodes"
     )
+
+
+def scaling_config(scaling: ScalingSettings, each: Resources, *, use_gpu: bool) -> Any:
+    """Ray Train's form of it: one gang, reserved whole or not at all, on as few nodes as hold it (PACK).
+
+    Not STRICT_PACK, which is one node; not SPREAD, by which neighbouring ranks would talk over the network. The driver is no part of the
+    gang: it needs nothing of the node that it is on, such as a head without GPUs.
+    """
+    import ray.train
+
+    return ray.train.ScalingConfig(
+        num_workers=scaling.most if scaling.most == scaling.fewest else (scaling.fewest, scaling.most),
+        elastic_resize_monitor_interval_s=scaling.resize_every_s,
+        use_gpu=use_gpu,
+        resources_per_worker=each,
+        placement_strategy="PACK",
+    )
+
+
+def workers_that_fit(each: Resources, nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many workers empty nodes hold; none is split over two of them."""
+    return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in each.items() if amount) for node in nodes)
 
 
 def without_cluster(_recipe: Recipe) -> tuple[bool, Resources]:
@@ -47,6 +72,22 @@ def _compare(recipe: Recipe) -> tuple[bool, Resources, Resources, Resources]:
     each = {**({"GPU": 1.0} if use_gpu else {}), **(scaling.resources_per_worker or {"CPU": 1.0})}
     needed = {name: amount * scaling.fewest for name, amount in each.items()}
     return use_gpu, each, {name: amount for name, amount in needed.items() if amount > have.get(name, 0)}, have
+
+
+def _refuse_split_workers(scaling: ScalingSettings, each: Resources) -> None:
+    """The sum over all nodes may be enough where no node has what one worker needs. Ray would wait for such a node without an end."""
+    import ray
+
+    if not any(each.values()):
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fit = workers_that_fit(each, nodes)
+    if fit < scaling.fewest:
+        wants = ", ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+        raise ResourceError(
+            f"scaling.num_workers {scaling.fewest}: each worker needs {wants} on one node, and the {len(nodes)} nodes of this cluster hold "
+            f"{fit} such workers; lower scaling.num_workers or scaling.resources_per_worker"
+        )
 
 
 @contextmanager
