@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md, docs/cli.md and docs/methods.md from the code, so that they cannot drift from it (tests/docs proves it)."""
+"""Writes the pages and tables of docs/ that follow from the code, so that they cannot drift from it (tests/docs proves it)."""
 
 import inspect
 from collections.abc import Iterable, Sequence
@@ -9,6 +9,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from docs.scaling import with_tables
 from hone.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -16,7 +17,8 @@ HERE = Path(__file__).parent
 
 def pages() -> dict[str, str]:
     """File name -> Markdown."""
-    return {"recipe.md": recipe_page(), "cli.md": cli_page(), "methods.md": methods_page()}
+    scaling = with_tables((HERE / "scaling.md").read_text())
+    return {"recipe.md": recipe_page(), "cli.md": cli_page(), "methods.md": methods_page(), "scaling.md": scaling}
 
 
 def recipe_page() -> str:

@@ -43,6 +43,12 @@ class Folder:
         infos = self._filesystem.get_file_info(FileSelector(self._path, allow_not_found=True))
         return [info.base_name for info in infos if info.type == FileType.Directory]
 
+    def files(self) -> list[str]:
+        """Names of the files in it; none where it is not there yet."""
+        from pyarrow.fs import FileSelector
+
+        return [info.base_name for info in self._filesystem.get_file_info(FileSelector(self._path, allow_not_found=True)) if info.is_file]
+
     def size(self, name: str) -> int | None:
         """Bytes of a file in it; None where there is no such file."""
         info = self._filesystem.get_file_info(f"{self._path}/{name}")

@@ -62,7 +62,7 @@ class Health:
         self._told, self._patience = False, 1.0
         self._said: set[str] = set()
         self._ended = threading.Event()
-        self._every_s = max(min(2.0, self._settings.stall_s / 5), worker.world_size / 64)
+        self._every_s = every_s(worker.world_size, stall_s=self._settings.stall_s)
         self._write()  # so that a rank which freezes at once is known too
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
         self._thread.start()
@@ -122,12 +122,15 @@ class Health:
             os._exit(STALLED_EXIT)  # the thread that trains is in a collective, which nothing but this ends
 
     def _look_for_blame(self) -> None:
-        """The lowest rank of those that are alive speaks, once a stall."""
-        beats, silent_s = read_beats(self._folder), _silence(self._folder, self._worker.rank)
-        alive = [rank for rank in beats if silent_s[rank] < self._settings.stall_s / 2]
-        if alive and min(alive) == self._worker.rank and not self._told:
+        """The lowest rank of those that are alive speaks, once a stall. The others look no further than to one that is alive below them:
+        a thousand ranks that each read a thousand files would be the end of the file system."""
+        if not self._told and not self._is_any_alive_below():
             self._told = True
-            self._name(beats, silent_s)
+            self._name(read_beats(self._folder), _silence(self._folder, self._worker.rank))
+
+    def _is_any_alive_below(self) -> bool:
+        now = _written_at(self._folder, self._worker.rank)
+        return any(now - _written_at(self._folder, rank) < self._settings.stall_s / 2 for rank in range(self._worker.rank))
 
     def _name(self, beats: dict[int, Beat], silent_s: dict[int, float]) -> None:
         """Write down all stacks, and who is to blame."""
@@ -160,6 +163,11 @@ class Health:
         return sum(times[which] for times in self._times) / max(1, len(self._times))
 
 
+def every_s(world_size: int, *, stall_s: float) -> float:
+    """How often a rank writes: at most 64 of them a second."""
+    return max(min(2.0, stall_s / 5), world_size / 64)
+
+
 def read_beats(folder: Path) -> dict[int, Beat]:
     """Rank -> the last that it said."""
     return {beat.rank: beat for path in sorted(folder.glob("rank-*.json")) for beat in [Beat(**json.loads(path.read_text()))]}
@@ -167,8 +175,16 @@ def read_beats(folder: Path) -> dict[int, Beat]:
 
 def _silence(folder: Path, rank: int) -> dict[int, float]:
     """Rank -> seconds by which its last file is older than ours, by the file system's clock, which all of them share."""
-    now = (folder / _name(rank)).stat().st_mtime
+    now = _written_at(folder, rank)
     return {int(path.stem.split("-")[1]): now - path.stat().st_mtime for path in folder.glob("rank-*.json")}
+
+
+def _written_at(folder: Path, rank: int) -> float:
+    """Seconds since 1970 by the file system's clock; long ago where the rank has written nothing."""
+    try:
+        return (folder / _name(rank)).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _name(rank: int) -> str:

@@ -6,6 +6,7 @@ before the end of the one before, what that one had done past this point was los
 """
 
 import json
+import math
 import os
 import socket
 from collections.abc import Iterable
@@ -38,21 +39,29 @@ class SupersededError(Exception):
     """This worker was cut off, and others have taken up the run since. It is to end without a word."""
 
 
-class Ledger:
-    """Writes one rank's lines."""
+WRITES_A_STEP = 64
+"""By all ranks together, at most: where there are more, each writes the lines of several steps at once."""
 
-    def __init__(self, folder: Path, *, attempt: int, rank: int) -> None:
+
+class Ledger:
+    """Writes one rank's lines. What a killed one had not written yet it had done since the last checkpoint, and will be done again."""
+
+    def __init__(self, folder: Path, *, attempt: int, rank: int, world_size: int = 1) -> None:
         self._folder, self.attempt = folder / LEDGER_FOLDER, attempt
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self._folder / _lines_file(attempt, rank)).open("a", encoding="utf-8", buffering=1)
+        self._file = (self._folder / _lines_file(attempt, rank)).open("a", encoding="utf-8")
+        self._held, self._most_held = list[str](), math.ceil(world_size / WRITES_A_STEP)
 
     def write(self, step: int, rows: Iterable[Rows], *, loss: float, seed: int) -> None:
         """Say what was learnt from at a step (from 1)."""
         numbers = [row for part in rows for row in part.tolist()]
-        self._file.write(json.dumps({"step": step, "rows": numbers, "loss": loss, "seed": seed}, separators=(",", ":")) + "\n")
+        self._held.append(json.dumps({"step": step, "rows": numbers, "loss": loss, "seed": seed}, separators=(",", ":")) + "\n")
+        if len(self._held) >= self._most_held:
+            self._write_held()
 
     def sync(self) -> None:
         """Have it on disk, before a checkpoint says that these steps are done."""
+        self._write_held()
         os.fsync(self._file.fileno())
 
     def is_newest(self) -> bool:
@@ -68,7 +77,13 @@ class Ledger:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self._write_held()
         self._file.close()
+
+    def _write_held(self) -> None:
+        self._file.write("".join(self._held))
+        self._file.flush()
+        self._held = []
 
 
 def begin_attempt(folder: Path, **about: Any) -> Attempt:

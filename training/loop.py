@@ -35,7 +35,7 @@ def train(job: Job, worker: Worker) -> None:
     losses = LossWatch(spread=recipe.health.spike_spread)
     about = {"total_steps": total_steps, "trained_parameters": run.groups.trained_parameters}
     with (
-        Ledger(job.folder, attempt=resumed.attempt, rank=worker.rank) as ledger,
+        Ledger(job.folder, attempt=resumed.attempt, rank=worker.rank, world_size=worker.world_size) as ledger,
         CheckpointWriter(job, worker, ledger) as checkpoints,
         MetricsFile(job.folder, rank=worker.rank, keep_steps=resumed.step, **about) as metrics,
         Health(job, worker, run.batcher, attempt=resumed.attempt) as health,

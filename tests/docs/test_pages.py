@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["recipe.md", "cli.md", "methods.md"])
+@pytest.mark.parametrize("name", ["recipe.md", "cli.md", "methods.md", "scaling.md"])
 def test_a_generated_page_is_what_the_code_says(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == pages()[name], "run `make docs`"
 

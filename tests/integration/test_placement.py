@@ -188,7 +188,7 @@ def test_sixty_four_workers_of_ray_train_start_together_and_give_everything_back
 
 def say_who_and_where(config: dict[str, str]) -> None:
     """On each worker."""
-    import ray.train
+    import ray.train.collective
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()

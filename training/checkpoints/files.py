@@ -168,14 +168,17 @@ def _step_of(name: str) -> int:
 class PieceReader:
     """Reads any run of elements of any tensor, whichever parts it is spread over."""
 
-    def __init__(self, folder: Folder, parts: list[Part]) -> None:
+    def __init__(self, folder: Folder, parts: list[Part], *, place: float = 0) -> None:
+        """`place` is the reader's among all readers, from 0 to 1: parts are looked into from there on, and only until all is found. With
+        as many ranks as wrote them, each finds its own first; a thousand that look into a thousand parts would open a million files."""
         self._folder = folder
+        first = int(place * len(parts))
+        self._unread = [part.name for part in [*parts[first : first + 1], *parts[:first][:1], *parts[first + 1 :], *parts[:first][1:]]]
+        """The first part is the second one to look into: it has what all ranks share."""
         self._runs: dict[str, list[tuple[int, int, str, int, torch.dtype]]] = {}
         """Tensor -> (first element, one past the last, file, where in it, type) of each run."""
         self._opened: tuple[str, Any] = ("", None)
         """The file that was read last: pieces come in the order in which they were written, and to open one asks a store for its size."""
-        for part in parts:
-            self._index(part.name)
 
     def fill(self, tensor: str, start: int, values: torch.Tensor) -> None:
         """Put the elements from `start` on into `values`.
@@ -183,18 +186,28 @@ class PieceReader:
         Raises:
             DamagedCheckpointError: some of them are in no part.
         """
-        stop, filled = start + values.numel(), 0
-        for first, end, name, offset, dtype in self._runs.get(tensor, []):
-            low, high = max(start, first), min(stop, end)
-            if low < high:
-                width = torch.empty(0, dtype=dtype).element_size()
-                file = self._file(name)
-                file.seek(offset + (low - first) * width)
-                found = torch.frombuffer(bytearray(file.read((high - low) * width)), dtype=dtype)
-                values[low - start : high - start].copy_(found)
-                filled += high - low
+        filled, known = 0, 0
+        while True:
+            runs = self._runs.get(tensor, [])
+            filled, known = filled + sum(self._copy(run, start, values) for run in runs[known:]), len(runs)
+            if filled == values.numel() or not self._unread:
+                break
+            self._index(self._unread.pop(0))
         if filled != values.numel():
             raise DamagedCheckpointError(f"{self._folder}: has {filled} of {values.numel()} elements of {tensor} from {start} on")
+
+    def _copy(self, run: tuple[int, int, str, int, torch.dtype], start: int, values: torch.Tensor) -> int:
+        """Put what a run has of `values`, whose first element is `start`, into it; how many elements that are."""
+        first, end, name, offset, dtype = run
+        low, high = max(start, first), min(start + values.numel(), end)
+        if low >= high:
+            return 0
+        width = torch.empty(0, dtype=dtype).element_size()
+        file = self._file(name)
+        file.seek(offset + (low - first) * width)
+        found = torch.frombuffer(bytearray(file.read((high - low) * width)), dtype=dtype)
+        values[low - start : high - start].copy_(found)
+        return high - low
 
     def _file(self, name: str) -> Any:
         if name != self._opened[0]:

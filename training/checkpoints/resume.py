@@ -47,7 +47,7 @@ def resume(job: Job, state: TrainedState, worker: Worker) -> Resumed:
             continue
         checkpoint = read_index(folder)
         _refuse_unproven(job, checkpoint, worker)
-        _load(state, folder, checkpoint)
+        _load(state, folder, checkpoint, worker)
         return _begin(job, worker, checkpoint, passed_over)
     return _begin(job, worker, None, passed_over)
 
@@ -81,8 +81,8 @@ def _refuse_unproven(job: Job, checkpoint: Checkpoint, worker: Worker) -> None:
         )
 
 
-def _load(state: TrainedState, folder: Folder, checkpoint: Checkpoint) -> None:
-    reader = PieceReader(folder, checkpoint.parts)
+def _load(state: TrainedState, folder: Folder, checkpoint: Checkpoint, worker: Worker) -> None:
+    reader = PieceReader(folder, checkpoint.parts, place=worker.rank / worker.world_size)
     state.begin_moments(checkpoint.adam_steps)
     for piece in state.pieces():
         reader.fill(key_of(piece.kind, piece.name), piece.start, piece.values)

@@ -25,6 +25,7 @@ from training.worker import Worker
 PART_WAIT_S = 600.0
 """How long rank 0 waits for the other ranks' files."""
 POLL_S = 0.05
+"""Between two looks at which files there are, for every 64 ranks."""
 
 
 class CheckpointWriter:
@@ -106,11 +107,12 @@ class CheckpointWriter:
         said: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + PART_WAIT_S
         while missing := set(range(self._worker.world_size)) - said.keys():
-            said |= {rank: found for rank in missing if (found := _said(folder, rank))}
+            there = set(folder.files())  # one request, and not one for each rank that has not written yet
+            said |= {rank: found for rank in missing if f"{_part(rank)}.json" in there and (found := _said(folder, rank))}
             self._ledger.refuse_superseded()
             if self._is_abandoned or time.monotonic() > deadline:
                 raise TimeoutError(f"ranks {sorted(missing)} have not written their parts")
-            time.sleep(POLL_S)
+            time.sleep(POLL_S * max(1, self._worker.world_size / 64))
         parts = [Part.model_validate(said[rank]["part"]) for rank in sorted(said)]
         return parts, {name: count for one in said.values() for name, count in one["steps"].items()}
 

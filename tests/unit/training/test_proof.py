@@ -10,7 +10,7 @@ import pytest
 from hone.recipe import Recipe, parse_recipe
 from hone.run_folder import LEDGER_FOLDER, attempts
 from training.batches import BatchPlan, Mixed
-from training.ledger import Ledger, SupersededError, begin_attempt
+from training.ledger import Ledger, SupersededError, begin_attempt, lines
 from training.proof import Proof, prove
 
 PLAN = BatchPlan(sources=(Mixed(50, 50),), global_batch_size=8, epochs=3, max_steps=None, seed=4)
@@ -108,3 +108,24 @@ def test_a_worker_that_was_cut_off_learns_that_others_took_over(tmp_path: Path) 
     with pytest.raises(SupersededError):
         first.refuse_superseded()
     assert [attempt.number for attempt in attempts(tmp_path)] == [1, 2]
+
+
+def test_of_many_ranks_each_writes_several_steps_at_once_and_all_of_them_before_a_checkpoint(tmp_path: Path) -> None:
+    begin_attempt(tmp_path, step=0, world_size=1024)
+    [attempt] = attempts(tmp_path)
+    ledger = Ledger(tmp_path, attempt=1, rank=0, world_size=1024)
+
+    def written() -> list[int]:
+        return list(lines(tmp_path, attempt))
+
+    for step in range(1, 16):
+        ledger.write(step, [], loss=1.0, seed=0)
+    assert written() == []
+    ledger.write(16, [], loss=1.0, seed=0)
+    assert written() == list(range(1, 17))
+    ledger.write(17, [], loss=1.0, seed=0)
+    ledger.sync()
+    assert written() == list(range(1, 18))
+    with ledger:
+        ledger.write(18, [], loss=1.0, seed=0)
+    assert written() == list(range(1, 19))

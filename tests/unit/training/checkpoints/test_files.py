@@ -79,6 +79,27 @@ def test_any_run_is_read_from_whatever_parts_it_was_written_in(root: Folder, wan
     assert torch.equal(values, tensor[slice(*wanted)])
 
 
+@pytest.mark.parametrize("rank", range(8))
+def test_a_rank_of_as_many_looks_into_its_own_part_alone(tmp_path: Path, rank: int) -> None:
+    root, names = Folder(tmp_path), [f"part-{n}.safetensors" for n in range(8)]
+    parts = [write_part(root, name, {key_of("weight", "a", 10 * n): torch.full((10,), float(n))}) for n, name in enumerate(names)]
+    for name in set(names) - {names[rank]}:
+        (tmp_path / name).unlink()
+    reader, values = PieceReader(root, parts, place=rank / 8), torch.empty(10)
+    reader.fill("weight/a", 10 * rank, values)
+    assert values.tolist() == [rank] * 10
+
+
+def test_what_all_ranks_share_is_looked_for_in_the_first_part_next(tmp_path: Path) -> None:
+    root = Folder(tmp_path)
+    parts = [write_part(root, f"part-{n}", {key_of("buffer", "mean", 0): torch.ones(3)} if n == 0 else {}) for n in range(8)]
+    for n in set(range(8)) - {0, 5}:
+        (tmp_path / f"part-{n}").unlink()
+    reader, values = PieceReader(root, parts, place=5 / 8), torch.empty(3)
+    reader.fill("buffer/mean", 0, values)
+    assert values.tolist() == [1, 1, 1]
+
+
 def test_what_is_in_no_part_is_said(root: Folder) -> None:
     part = write_part(root, "x.safetensors", cut(torch.zeros(10), [0]))
     reader = PieceReader(root, [part])
