@@ -20,6 +20,8 @@ from tests.zero_matrix import failure, prepared, train_all
 from training.checkpoints.files import INDEX, find
 from training.job import Job
 
+pytestmark = pytest.mark.timeout(1300)
+
 TORN = "part-00000.safetensors"
 UPLOAD = """
 import sys, time
@@ -49,11 +51,11 @@ def runs(llama: Path, store: Store, bucket: str, tmp_path_factory: pytest.TempPa
     here = prepared(chosen, root / "here", home=home)
     away = {"data.train": store.uri(f"{bucket}/rows/chat.jsonl"), "checkpoints.uri": store.uri(f"{bucket}/checkpoints")}
     there = prepared(with_overrides(chosen, away), root / "there", home=home)
-    train_all(root, [there], timeout_s=200, steps=7)
+    train_all(root, [there], timeout_s=400, steps=7)
     tear(there)
-    train_all(root, [there], timeout_s=200, workers=1, steps=7)
+    train_all(root, [there], timeout_s=400, workers=1, steps=7)
     damage(there)
-    train_all(root, [here, there], timeout_s=200)
+    train_all(root, [here, there], timeout_s=400)
     assert not failure(here)
     return here, there
 
