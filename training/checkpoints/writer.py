@@ -106,9 +106,13 @@ class CheckpointWriter:
     def _all_parts(self, folder: Folder) -> tuple[list[Part], dict[str, int]]:
         said: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + PART_WAIT_S
-        while missing := set(range(self._worker.world_size)) - said.keys():
+        while True:
             there = set(folder.files())  # one request, and not one for each rank that has not written yet
+            missing = set(range(self._worker.world_size)) - said.keys()
             said |= {rank: found for rank in missing if f"{_part(rank)}.json" in there and (found := _said(folder, rank))}
+            missing -= said.keys()
+            if not missing:
+                break
             self._ledger.refuse_superseded()
             if self._is_abandoned or time.monotonic() > deadline:
                 raise TimeoutError(f"ranks {sorted(missing)} have not written their parts")
