@@ -47,6 +47,7 @@ def tables() -> str:
         "new_version": _new_version,
         "restart": _restart,
         "checkpoints": _checkpoints,
+        "plan_memory": _plan_memory,
     }
     found = [(name, RESULTS / f"{name}.json") for name in makers]
     return "\n\n".join(makers[name](json.loads(path.read_text())) for name, path in found if path.exists())
@@ -195,6 +196,13 @@ def _new_version(result: dict[str, Any]) -> str:
     ]
     header = ["| | seconds to one token over HTTP, median (spread) |", "| --- | --- |"]
     title = "**A version published while the server runs: from publishing to its first answer**"
+    return "\n".join([title, "", *header, *rows, "", _footer(result)])
+
+
+def _plan_memory(result: dict[str, Any]) -> str:
+    rows = [f"| {name} | {f['estimated']:,} MiB | {f['measured']:,} MiB | {f['ratio']:.2f} |" for name, f in result["figures"].items()]
+    header = ["| random Llama, two workers | estimated | measured | ratio |", "| --- | --- | --- | --- |"]
+    title = "**What `hone plan` says of a worker's memory, and the most that real workers took (resident set)**"
     return "\n".join([title, "", *header, *rows, "", _footer(result)])
 
 

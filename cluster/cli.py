@@ -17,6 +17,7 @@ from cluster.cli_data import data
 from cluster.cli_evaluate import evaluate, export
 from cluster.cli_jobs import jobs, submit
 from cluster.cli_methods import methods
+from cluster.cli_plan import plan
 from cluster.cli_recipe import recipe
 from cluster.cli_run import HomeOption, train, tune
 from cluster.cli_runs import runs
@@ -28,6 +29,7 @@ app = typer.Typer(name="hone", no_args_is_help=True, add_completion=False, prett
 app.command(context_settings={"allow_interspersed_args": True})(train)
 app.command()(tune)
 app.command()(submit)
+app.command(context_settings={"allow_interspersed_args": True})(plan)
 app.command()(evaluate)
 app.command()(export)
 app.command()(methods)

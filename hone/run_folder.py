@@ -1,6 +1,7 @@
 """What a run's folder holds, and how it is read: by workers that go on, by commands, and by anyone after Ray is gone.
 
     job.json           the resolved recipe, the base and the data
+    plan.json          what it was estimated to take in memory, time and money, and what `auto` became
     environment.json   versions, hardware, and the checkout that it was started in
     metrics.jsonl      a line a step and a line a validation, as they count in the end
     metrics.parquet    the same as a table, once the workers have ended; tensorboard/ likewise, as they happen
@@ -30,6 +31,7 @@ from hone.errors import HoneError
 from hone.storage import Home, write_text
 
 JOB_FILE = "job.json"
+PLAN_FILE = "plan.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 RESULT_FILE = "result.json"

@@ -16,6 +16,7 @@ from training.forward import Batcher
 from training.model import gathered
 from training.start import Started
 from training.token_rows import TokenRows
+from training.zero import release_gathered
 
 GOLDEN_FILE = "golden.safetensors"
 GOLDEN_ROWS = 4
@@ -35,6 +36,7 @@ def export(run: Started, rows: TokenRows) -> None:
     """
     job, engine, worker = run.job, run.engine, run.worker
     golden = _golden_outputs(engine, run.batcher, rows)
+    release_gathered(engine)
     method, model = METHODS[job.recipe.method.type], engine.module.model
     state = gathered_state(model, method, sharded=job.recipe.zero.stage == 3, keep=worker.rank == 0)
     if worker.rank:

@@ -78,7 +78,11 @@ def cross_validate(recipe: Recipe, k: int, *, home: Home, run_id: str, console: 
     with DataProgress(console=console) as watch:
         for fold in range(k):  # all of them are checked before the first one starts, on tokens that are made once
             chosen = with_overrides(recipe, {"data.folds": k, "data.fold": fold})
-            prepare_job(chosen, home=home, run_id=run_id, folder=folder / "prepared" / str(fold), watch=watch)
+            job = prepare_job(chosen, home=home, run_id=run_id, folder=folder / "prepared" / str(fold), watch=watch)
+            # One choice for `auto`: folds that train alike, and the training on everything likewise.
+            recipe = with_overrides(
+                recipe, {"zero.stage": job.recipe.zero.stage, "train.micro_batch_size": job.recipe.train.micro_batch_size}
+            )
     from ray import tune
 
     with RunProgress(lambda: labels(folder), console=console):

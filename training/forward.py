@@ -102,7 +102,7 @@ class Batcher:
             scale: How many times the rows of a training pass fit (evaluation holds no gradients).
         """
         rank, world_size = self._worker.rank, self._worker.world_size
-        each = self._settings.micro_batch_size * scale
+        each = self._settings.portion * scale
         if self.packed:
             return deal_packed(rows, lengths, rank=rank, world_size=world_size, capacity=each * int(lengths.max()))
         passes = -(-len(rows) // (world_size * each))

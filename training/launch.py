@@ -6,25 +6,28 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hone.base_model import find_base_model
+from hone.base_model import BaseModel, find_base_model
 from hone.errors import DataError, HoneError, RunFailedError
 from hone.folder import Folder
 from hone.recipe import Recipe, with_overrides
-from hone.run_folder import FAILURE_FILE, attempts, read_metrics, tell
-from hone.storage import Home
+from hone.run_folder import FAILURE_FILE, PLAN_FILE, attempts, read_metrics, tell
+from hone.storage import Home, write_text
 from training.data import prepare_data
 from training.environment import write_environment
 from training.failures import WorkersOutOfMemoryError, raise_recorded_failure, record_failure
 from training.guard import check_guard
-from training.job import Job
+from training.job import Job, PreparedData
 from training.ledger import SupersededError
 from training.metrics import write_table
 from training.rank_log import logged
 from training.resources import Resources, plan_workers, scaling_config
 from training.token_cache import Watch, unwatched
 from training.tracking import Tracking, check_trackers
+
+if TYPE_CHECKING:
+    from training.plan.plan import Plan
 
 MEASURED = {"eval_loss", "retain_loss"}
 
@@ -65,6 +68,7 @@ def prepare_job(
     check_model(recipe, base, head=Head(data.labels, data.problem_type))
     check_guard(recipe, data)
     use_gpu, each = plan(recipe)
+    recipe, planned, why_not = _planned(recipe, base, data, use_gpu=use_gpu)
     (home.runs / run_id).mkdir(parents=True, exist_ok=folder is not None)
     folder = folder or home.runs / run_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +85,36 @@ def prepare_job(
     job.save()
     write_environment(folder)
     tell(folder, "prepared", rows=data.train_rows)
+    if planned:
+        write_text(folder / PLAN_FILE, planned.model_dump_json(indent=1) + "\n")
+        tell(folder, "planned", advice=planned.advice)
+    else:
+        tell(folder, "not_planned", why=why_not)
     return job
+
+
+def _planned(recipe: Recipe, base: BaseModel, data: PreparedData, *, use_gpu: bool) -> tuple[Recipe, "Plan | None", str]:
+    """What the recipe takes on the cluster, or on this machine where there is none; the recipe with numbers for `auto`; why there is none.
+
+    Raises:
+        ResourceError: the recipe leaves something open, and nothing fits.
+    """
+    import ray
+
+    from training.plan.hardware import load_hardware, load_prices
+    from training.plan.machines import ray_cluster, this_machine
+    from training.plan.plan import make_plan, settle
+
+    hardware = load_hardware()
+    try:
+        cluster = ray_cluster(recipe, hardware, use_gpu=use_gpu) if ray.is_initialized() else this_machine(recipe, hardware)
+        made = make_plan(recipe, base, data, cluster=cluster, hardware=hardware, prices=load_prices())
+    except Exception as error:
+        if recipe.is_open:
+            raise
+        # An unknown GPU, or a model that cannot be traced: the run needs neither.
+        return recipe, None, str(error).splitlines()[0] if str(error) else type(error).__name__
+    return settle(recipe, made), made, ""
 
 
 def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
@@ -138,10 +171,10 @@ def _run_workers(job: Job, callbacks: Sequence[Any]) -> None:
 def _with_smaller_portions(job: Job, error: WorkersOutOfMemoryError) -> Job:
     """Raises the error where a portion is one row already."""
     train = job.recipe.train
-    if train.micro_batch_size == 1:
+    if train.portion == 1:
         raise error
-    smaller = with_overrides(job.recipe, {"train.micro_batch_size": train.micro_batch_size // 2})
-    tell(job.folder, "out_of_memory", why=error.message, micro_batch_size=smaller.train.micro_batch_size)
+    smaller = with_overrides(job.recipe, {"train.micro_batch_size": train.portion // 2})
+    tell(job.folder, "out_of_memory", why=error.message, micro_batch_size=smaller.train.portion)
     made = job.model_copy(update={"recipe": smaller})
     made.save()
     (job.folder / FAILURE_FILE).unlink()

@@ -58,8 +58,7 @@ def build_model(job: Job, *, dtype: torch.dtype, zero3: dict[str, Any] | None = 
     with sharded_loading(zero3):
         model = METHODS[recipe.method.type].apply(model, recipe.method, how)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        _recompute(model)
     return model, heads
 
 
@@ -118,6 +117,11 @@ def check_model(recipe: Recipe, base: BaseModel, *, head: Head) -> None:
     Raises:
         BaseModelError: transformers has no such model for the task. RecipeError: target modules that match nothing.
     """
+    build_on_meta(recipe, base, head=head)
+
+
+def build_on_meta(recipe: Recipe, base: BaseModel, *, head: Head, dtype: torch.dtype = torch.float32) -> Any:
+    """The model that will train, with its method, but without a single weight. Raises as `check_model`."""
     from transformers import AutoConfig
 
     task = TASKS[recipe.task]
@@ -125,10 +129,14 @@ def check_model(recipe: Recipe, base: BaseModel, *, head: Head) -> None:
     try:
         config = AutoConfig.from_pretrained(base.folder, **({"num_labels": len(head.labels)} if head.labels else {}))
         with torch.device("meta"):
-            model = task.model_class().from_config(config)
+            model = task.model_class().from_config(config, dtype=dtype)
     except (ValueError, KeyError) as error:
         raise BaseModelError(f"{base.id.name}: cannot do task {recipe.task} ({str(error).splitlines()[0][:200]})") from None
-    METHODS[recipe.method.type].apply(model, recipe.method, Applying(task, task.head_modules(model)))
+    _drop_no_layers(model)
+    model = METHODS[recipe.method.type].apply(model, recipe.method, Applying(task, task.head_modules(model)))
+    if recipe.train.gradient_checkpointing:
+        _recompute(model)
+    return model
 
 
 def gathered(parameters: Iterable[torch.nn.Parameter], *, sharded: bool, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
@@ -146,6 +154,13 @@ def _drop_no_layers(model: Any) -> None:
     for part in [model.config, *model.modules()]:
         for name in [name for name in vars(part) if name.endswith("layerdrop")]:
             setattr(part, name, 0.0)
+
+
+def _recompute(model: Any) -> None:
+    """By its name since transformers 5.20, or by the one before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def _set_dropout(model: Any, share: float) -> None:

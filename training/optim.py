@@ -10,6 +10,7 @@ import torch
 
 from hone.recipe import FreezeMethod, FullMethod, GradualUnfreezing, LoraMethod, OptimSettings, Recipe
 from models.blocks import Depths, depths
+from training.zero import elements
 
 
 @dataclass(frozen=True, order=True)
@@ -44,8 +45,8 @@ class Groups:
 
     @property
     def trained_parameters(self) -> int:
-        """How many numbers there are in them. ZeRO-3 keeps the shape elsewhere."""
-        return sum(math.prod(getattr(parameter, "ds_shape", parameter.shape)) for parameter in self.trainable)
+        """How many numbers there are in them."""
+        return elements(self.trainable)
 
     @property
     def trainable(self) -> list[torch.nn.Parameter]:

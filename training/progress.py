@@ -162,6 +162,8 @@ def _said(event: dict[str, Any]) -> str:
         case "attempt" if event["number"] > 1:
             passed = "".join(f"; passed over: {why}" for why in event["passed_over"])
             return f"goes on after step {event['step']} with {event['world_size']} workers{passed}"
+        case "planned" if event["advice"]:
+            return f"by the plan this {event['advice']}"
         case "out_of_memory":
             return f"a pass did not fit into memory; goes on with train.micro_batch_size {event['micro_batch_size']}"
         case "checkpoint_failed":

@@ -22,7 +22,7 @@ from training.optim import Groups, make_optimizer
 from training.retention import Retention
 from training.token_rows import TokenRows
 from training.worker import Worker
-from training.zero import deepspeed_config, fit_buckets, prepare_deepspeed
+from training.zero import deepspeed_config, elements, fit_buckets, prepare_deepspeed, release_gathered
 
 
 @dataclass(eq=False)
@@ -59,7 +59,9 @@ class Started:
     def measure(self) -> dict[str, float]:
         """Validation and retention as the weights are now."""
         measured = evaluate(self.engine, self.validation, self.batcher, self.worker) if len(self.validation) else {}
-        return {**measured, **(self.retention.measure() if self.retention else {})}
+        measured |= self.retention.measure() if self.retention else {}
+        release_gathered(self.engine)
+        return measured
 
 
 def start(job: Job, worker: Worker) -> Started:
@@ -83,7 +85,7 @@ def start(job: Job, worker: Worker) -> Started:
         if packed:
             choose_packing(reference, task, recipe.train)
     optimizer, groups = make_optimizer(model, recipe, heads=heads, steps_per_epoch=plan.steps_per_epoch)
-    fit_buckets(config, groups.trained_parameters)
+    fit_buckets(config, trained_parameters=groups.trained_parameters, parameters=elements(model.parameters()))
     module = TaskModule(model, task, method, train=recipe.train, beta=recipe.preference.beta, reference=reference)
     engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
 

@@ -37,12 +37,13 @@ def search(recipe: Recipe, *, home: Home, run_id: str, console: Console) -> Sear
         raise RecipeError("this recipe has no search: section, so there is nothing to try; add search.space")
     # Prepared once here: bad data or settings end the search before it starts, and every trial finds the tokens in the cache.
     with DataProgress(console=console) as watch:
-        folder = prepare_job(recipe, home=home, run_id=run_id, watch=watch).folder
+        job = prepare_job(recipe, home=home, run_id=run_id, watch=watch)
+    folder, settled = job.folder, job.recipe  # all trials with one choice for `auto`, or they could not be compared
     from ray.tune.schedulers import ASHAScheduler
 
     with RunProgress(lambda: labels(folder), console=console):
         run_trials(
-            recipe,
+            settled,
             {key: _domain(distribution) for key, distribution in settings.space.items()},
             home=home,
             run_id=run_id,

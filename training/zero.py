@@ -1,7 +1,8 @@
 """From the recipe to DeepSpeed's configuration, and the switches that keep DeepSpeed from compiling anything."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,12 @@ from hone.recipe import Recipe
 
 LARGEST_BUCKET = 500_000_000
 """Elements, DeepSpeed's own default."""
+MOST_GATHERED = 1_000_000_000
+"""Elements of weights, DeepSpeed's own default for what stage 3 keeps gathered."""
+GATHERED_PART = 4
+"""Of a small model, stage 3 keeps a part in so many gathered."""
+SMALL = 100_000
+"""Elements of a parameter that stage 3 leaves whole, DeepSpeed's own default."""
 
 
 def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = False) -> dict[str, Any]:
@@ -19,7 +26,7 @@ def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = Fals
     Batch sizes in it are for its log only: the loop says itself where a step ends, since packed steps differ in their forward passes.
     """
     return {
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": recipe.train.portion,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": {"enabled": dtype is torch.bfloat16},
@@ -37,14 +44,47 @@ def _zero(recipe: Recipe, *, pin_memory: bool) -> dict[str, Any]:
         **({"offload_optimizer": there} if zero.offload_optimizer else {}),
         **({"offload_param": there} if zero.offload_param else {}),
         # A moving average is of the shards, so small parameters must not be kept whole beside them.
-        **({"stage3_param_persistence_threshold": 0} if zero.stage == 3 and recipe.train.ema_decay else {}),
+        **({"stage3_param_persistence_threshold": kept_whole(recipe)} if zero.stage == 3 else {}),
     }
 
 
-def fit_buckets(config: dict[str, Any], trained_parameters: int) -> None:
-    """Buffers through which gradients go, no larger than all of them: an adapter does not need DeepSpeed's 500 million elements."""
-    most = min(LARGEST_BUCKET, trained_parameters + trained_parameters % 2)  # DeepSpeed wants them even
-    config["zero_optimization"] |= {"reduce_bucket_size": most, "allgather_bucket_size": most}
+def kept_whole(recipe: Recipe) -> int:
+    """The largest parameter that stage 3 leaves whole on every rank, in elements."""
+    return 0 if recipe.train.ema_decay else SMALL
+
+
+def fit_buckets(config: dict[str, Any], *, trained_parameters: int, parameters: int) -> None:
+    """Buffers no larger than what goes through them: DeepSpeed's defaults are for models of many billions.
+
+    Args:
+        config: For `deepspeed.initialize`; changed.
+        trained_parameters: Elements that train.
+        parameters: Elements of the whole model.
+    """
+    zero, bucket = config["zero_optimization"], bucket_elements(trained_parameters)
+    zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if zero["stage"] == 3:
+        gathered = gathered_elements(parameters)
+        zero |= {"stage3_max_live_parameters": gathered, "stage3_max_reuse_distance": gathered}
+
+
+def elements(parameters: Iterable[torch.nn.Parameter]) -> int:
+    """How many numbers there are in them. Stage 3 keeps the shape elsewhere."""
+    return sum(math.prod(getattr(parameter, "ds_shape", parameter.shape)) for parameter in parameters)
+
+
+def bucket_elements(trained_parameters: int) -> int:
+    """Elements whose gradients are sent at once: an adapter does not need DeepSpeed's 500 million."""
+    return min(LARGEST_BUCKET, trained_parameters + trained_parameters % 2)  # DeepSpeed wants them even
+
+
+def gathered_elements(parameters: int) -> int:
+    """Elements that stage 3 may hold gathered ahead of their use, and within which it keeps what it will use again.
+
+    By DeepSpeed's default of 1e9 a smaller model would be gathered whole between its forward and backward pass, beside the shards, and
+    stage 3 would take more memory than stage 2.
+    """
+    return min(MOST_GATHERED, parameters // GATHERED_PART)
 
 
 def prepare_deepspeed(*, use_gpu: bool) -> Any:
@@ -90,6 +130,15 @@ def step_optimizer(engine: Any) -> float:
         return float(norm)
     engine.step()
     return float(engine.get_global_grad_norm())
+
+
+def release_gathered(engine: Any) -> None:
+    """After passes whose backward pass never comes, let go of the weights that stage 3 has fetched for it.
+
+    Some are still on their way, and DeepSpeed refuses to gather those for an export; and none of them hear of shards that change in place.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.empty_partition_cache()
 
 
 def shard(parameter: Any) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from hone.recipe.method import (
     PrefixMethod,
     PromptMethod,
 )
-from hone.recipe.recipe import PublishSettings, Recipe
+from hone.recipe.recipe import PublishSettings, Recipe, allowed_stages
 from hone.recipe.search import AshaScheduler, Choice, Distribution, GridSearch, LogUniform, RandInt, SearchSettings, Uniform
 from hone.recipe.train import (
     CheckpointSettings,
@@ -61,6 +61,7 @@ __all__ = [
     "TrainSettings",
     "Uniform",
     "ZeroSettings",
+    "allowed_stages",
     "load_recipe",
     "parse_override",
     "parse_recipe",

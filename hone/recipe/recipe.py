@@ -5,6 +5,7 @@ work is refused here, before anything is read or started.
 """
 
 import difflib
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -60,6 +61,11 @@ class Recipe(Settings):
     publish: PublishSettings = PublishSettings()
     track: TrackSettings = TrackSettings()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it leaves something to the plan that is made when a run is prepared."""
+        return "auto" in (self.zero.stage, self.train.micro_batch_size)
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":
         batch, workers = self.train.global_batch_size, self.scaling.num_workers
@@ -79,19 +85,36 @@ class Recipe(Settings):
         return self
 
 
+def allowed_stages(recipe: Recipe) -> list[Literal[0, 1, 2, 3]]:
+    """The ZeRO stages under which the recipe can run at all, whatever it asks for."""
+    if recipe.zero.offload_param:
+        return [3]
+    stages: list[Literal[0, 1, 2, 3]] = [1, 2] if recipe.zero.offload_optimizer else [0, 1, 2]
+    return stages if _why_not_sharded(recipe) else [*stages, 3]
+
+
 def _check_method(recipe: Recipe) -> None:
     reason = why_not(recipe.task, recipe.method.type)
     if reason:
         others = ", ".join(name for name in METHODS if not why_not(recipe.task, name))
         raise ValueError(f"method {recipe.method.type} does not go with task {recipe.task}: {reason}. What does: {others}")
-    method, stage = recipe.method, recipe.zero.stage
-    if isinstance(method, LoraMethod) and stage == 3 and (method.use_dora or method.load_in_4bit):
-        key = "use_dora" if method.use_dora else "load_in_4bit"
-        raise ValueError(f"method.{key} needs each weight whole, and zero.stage 3 shards them; use zero.stage 2")
+    reason = _why_not_sharded(recipe)
+    if (recipe.zero.stage == 3 or recipe.zero.offload_param) and reason:
+        raise ValueError(reason)
     if recipe.method.type == "prefix" and recipe.train.gradient_checkpointing:
         raise ValueError("train.gradient_checkpointing recomputes layers without the keys and values that method prefix puts before theirs")
     if recipe.preference != PreferenceSettings() and recipe.task != "preference":
         raise ValueError(f"preference: is for the task preference, and this is {recipe.task}")
+
+
+def _why_not_sharded(recipe: Recipe) -> str | None:
+    method = recipe.method
+    if isinstance(method, LoraMethod) and (method.use_dora or method.load_in_4bit):
+        key = "use_dora" if method.use_dora else "load_in_4bit"
+        return f"method.{key} needs each weight whole, and zero.stage 3 shards them; use zero.stage 2"
+    if recipe.guard.kl_penalty and not METHODS[method.type].keeps_base:
+        return f"guard.kl_penalty with method {method.type} needs a second copy of the base; use zero.stage 2 or lower"
+    return None
 
 
 def _check_augmentation(recipe: Recipe) -> None:
@@ -117,8 +140,6 @@ def _check_guard(recipe: Recipe) -> None:
         raise ValueError("guard.max_retain_loss_increase: the loss of the task preference is relative to the base already; leave it out")
     if guard.kl_penalty and recipe.task == "preference":
         raise ValueError("guard.kl_penalty: the task preference has its own penalty towards the base, preference.beta")
-    if guard.kl_penalty and recipe.zero.stage == 3 and not METHODS[recipe.method.type].keeps_base:
-        raise ValueError(f"guard.kl_penalty with method {recipe.method.type} needs a second copy of the base; use zero.stage 2 or lower")
     if guard.kl_penalty and data.retain and not data.retain_fraction:
         raise ValueError("guard.kl_penalty is on the rows of data.retain that are mixed in, and data.retain_fraction is 0")
 

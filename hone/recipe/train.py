@@ -38,9 +38,9 @@ class TrainSettings(Settings):
     """Stop after this many optimiser steps, whatever num_train_epochs says."""
     global_batch_size: int = Field(default=32, ge=1)
     """Rows per optimiser step over all workers, the same at any number of workers."""
-    micro_batch_size: int = Field(default=8, ge=1)
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """Most rows of one forward pass on one worker; gradient accumulation makes up the rest. Packed: as many tokens as so many of the
-    longest rows have."""
+    longest rows have. auto takes as many as fit by what `hone plan` estimates."""
     packing: bool = True
     """Lay rows end to end instead of padding them to one length, where task and model allow it. No token attends to another row's, and
     losses are the same; only the time differs."""
@@ -59,6 +59,12 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @property
+    def portion(self) -> int:
+        """Rows of one forward pass, once it is decided; a prepared job's always is."""
+        assert self.micro_batch_size != "auto", "decided when a run is prepared"
+        return self.micro_batch_size
 
 
 class CheckpointSettings(Settings):
@@ -85,8 +91,8 @@ class TrackSettings(Settings):
 class ZeroSettings(Settings):
     """What DeepSpeed shards over the workers (https://arxiv.org/abs/1910.02054)."""
 
-    stage: Literal[0, 1, 2, 3] = 2
-    """0 nothing, 1 optimiser state, 2 and gradients, 3 and weights."""
+    stage: Literal[0, 1, 2, 3, "auto"] = 2
+    """0 nothing, 1 optimiser state, 2 and gradients, 3 and weights; auto the one that `hone plan` recommends."""
     offload_optimizer: bool = False
     """Keep the optimiser's state in the machine's memory and update weights there: for stages 1 to 3, where a GPU is too small."""
     offload_param: bool = False
@@ -96,7 +102,7 @@ class ZeroSettings(Settings):
     def _can_offload(self) -> "ZeroSettings":
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("zero.offload_optimizer needs zero.stage 1, 2 or 3; stage 0 shards and moves nothing")
-        if self.offload_param and self.stage != 3:
+        if self.offload_param and self.stage not in (3, "auto"):
             raise ValueError("zero.offload_param needs zero.stage 3, which brings weights up layer by layer")
         return self
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hone.errors import RecipeError
-from hone.recipe import load_recipe, parse_recipe, recipe_schema
+from hone.recipe import allowed_stages, load_recipe, parse_recipe, recipe_schema
 
 MINIMAL: dict[str, Any] = {"name": "bot", "task": "chat", "base": "./base", "data": {"train": "rows.jsonl"}}
 SHIPPED = sorted(Path(__file__).resolve().parents[3].glob("examples/**/recipe*.yaml"))
@@ -109,3 +109,19 @@ def test_the_schema_accepts_a_recipe_and_refuses_a_typo() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=[p.parent.name for p in SHIPPED])
 def test_every_shipped_recipe_parses(path: Path) -> None:
     load_recipe(path)
+
+
+def test_stage_and_portion_may_be_left_to_the_plan(tmp_path: Path) -> None:
+    tree = {**MINIMAL, "zero": {"stage": "auto"}, "train": {"micro_batch_size": "auto"}}
+    recipe = load_recipe(write(tmp_path, tree))
+    assert (recipe.zero.stage, recipe.train.micro_batch_size) == ("auto", "auto")
+    assert allowed_stages(recipe) == [0, 1, 2, 3]
+    assert "micro_batch_size" in refusal(tmp_path, {**MINIMAL, "train": {"micro_batch_size": "some"}})
+
+
+def test_auto_is_no_stage_that_a_method_cannot_run_under(tmp_path: Path) -> None:
+    tree = {**MINIMAL, "zero": {"stage": "auto"}, "method": {"type": "lora", "use_dora": True}}
+    assert allowed_stages(load_recipe(write(tmp_path, tree))) == [0, 1, 2]
+    tree = {**MINIMAL, "zero": {"stage": "auto"}, "method": {"type": "full"}, "guard": {"kl_penalty": 0.1}}
+    assert allowed_stages(load_recipe(write(tmp_path, tree))) == [0, 1, 2]
+    assert "zero.stage 2" in refusal(tmp_path, tree, "zero.stage=3")
