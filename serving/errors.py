@@ -4,7 +4,8 @@ HoneError
 └── RequestError             400: something in the request
     ├── UnknownModelError    404: no such base, adapter, version or alias here
     ├── AdapterRefusedError  500: published, but its files are damaged or it does not reproduce its recorded outputs
-    └── EngineError          500: the model failed on a request that was fine
+    ├── EngineError          500: the model failed on a request that was fine
+    └── DeadlineError        504: the time that the request gave passed
 """
 
 from typing import ClassVar
@@ -49,3 +50,11 @@ class EngineError(RequestError):
     status = 500
     type = "server_error"
     default_code = "engine_error"
+
+
+class DeadlineError(RequestError):
+    """The time that a request gave itself has passed."""
+
+    status = 504
+    type = "server_error"
+    default_code = "deadline_exceeded"

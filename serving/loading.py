@@ -109,10 +109,10 @@ class AdapterLoader:
         if inside:
             raise ValueError(f"its LoRA layer {inside[0]} lies inside a module that it also brings whole")
         if generated:
-            return self._served(folder, manifest, weights=AdapterWeights(layers))
+            return self._served(folder, manifest, weights=AdapterWeights(layers, digest=manifest.digest))
         heads = engine.parts.heads[manifest.task]
         modules = engine.thread.call(lambda: heads.build(saved)).result()
-        return self._served(folder, manifest, weights=AdapterWeights(layers, modules), heads=heads)
+        return self._served(folder, manifest, weights=AdapterWeights(layers, modules, manifest.digest), heads=heads)
 
     def _copy(self, folder: Path, manifest: AdapterManifest) -> Served:
         """A model of its own."""

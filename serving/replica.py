@@ -36,8 +36,10 @@ from serving.calls import (
 )
 from serving.catalog import BaseDescription, Catalog
 from serving.engine.alone import Alone
-from serving.engine.generation import Ended, Generation, Row, TextPiece, cancel, make_chooser
-from serving.engine.generation import Event as RowEvent
+from serving.engine.generation import Generation
+from serving.engine.row import Ended, Row, TextPiece, cancel
+from serving.engine.row import Event as RowEvent
+from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
 from serving.errors import EngineError, RequestError
 from serving.kinds import routes_of

@@ -5,7 +5,7 @@ Tokens are chosen and become text as in continuous batching, so a seed or a stop
 """
 
 import inspect
-from collections import deque
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.tasks.causal import learns_prompt
-from serving.engine.generation import FAILURES_AT_MOST, Row
-from serving.engine.sampling import choose
+from serving.engine.fairness import FairQueue, Tenant
+from serving.engine.generation import FAILURES_AT_MOST
+from serving.engine.row import Row, is_out, overflowed
+from serving.engine.sampling import Chosen, choose
 from serving.errors import EngineError
 
 AT_ONCE = 4
@@ -52,8 +54,12 @@ class _Answer:
     first: int | None
     """What every answer of the model begins with (the language that it is to write), where its folder says so."""
 
+    @property
+    def tenant(self) -> Tenant:
+        return self.row.tenant
+
     def logits(self) -> Tensor:
-        return self.steps.send(self.row.last) if self.row.made else next(self.steps)
+        return self.steps.send(self.row.made[-1]) if self.row.made else next(self.steps)
 
 
 class Alone:
@@ -63,7 +69,7 @@ class Alone:
         self.completed = 0
         self._device = device
         self._answers: list[_Answer] = []
-        self._waiting: deque[_Answer] = deque()
+        self._waiting: FairQueue[_Answer] = FairQueue()
         self._failures = 0
 
     @property
@@ -80,20 +86,27 @@ class Alone:
         self._waiting.extend(_Answer(row, steps(model, row.prompt, device=self._device), first) for row in rows)
 
     def step(self) -> bool:
-        self._waiting = deque(answer for answer in self._waiting if not answer.row.cancelled)
-        self._answers = [answer for answer in self._answers if not answer.row.cancelled]
+        now = time.monotonic()
+        self._waiting.remove(lambda answer: is_out(answer.row, now))
+        for answer in [answer for answer in self._answers if is_out(answer.row, now)]:
+            self._leave(answer)
         while self._waiting and len(self._answers) < AT_ONCE:
-            self._answers.append(self._waiting.popleft())
+            self._answers.append(self._waiting.pop())
+            self._waiting.charge(self._answers[-1].tenant, len(self._answers[-1].row.prompt))
         for answer in list(self._answers):
             if not self._advance(answer):
-                self._answers.remove(answer)
+                self._leave(answer)
         return bool(self._answers or self._waiting)
 
     def abandon(self, error: EngineError) -> None:
         for answer in [*self._answers, *self._waiting]:
             answer.row.emit(error)
         self._answers.clear()
-        self._waiting.clear()
+        self._waiting = FairQueue()
+
+    def _leave(self, answer: _Answer) -> None:
+        self._answers.remove(answer)
+        self._waiting.done(answer)
 
     def _advance(self, answer: _Answer) -> bool:
         """Give an answer its next token; False where that was the last."""
@@ -104,13 +117,14 @@ class Alone:
             self._failures += 1
             row.emit(EngineError(f"the model failed on this request ({type(cause).__name__}: {cause})"))
             if self._failures >= FAILURES_AT_MOST:
-                self._answers.remove(answer)
+                self._leave(answer)
                 raise
             return False
         self._failures = 0
         if token is None:
-            row.emit(EngineError("the model's numbers overflowed on this request; its adapter's weights may be too large"))
+            row.emit(overflowed())
             return False
-        ended = row.take(answer.first if answer.first is not None and not row.made else token)
+        self._waiting.charge(row.tenant, 1)
+        ended = row.take(Chosen(answer.first) if answer.first is not None and not row.made else token)
         self.completed += ended
         return not ended

@@ -5,6 +5,7 @@ row may join while others are in the middle of their answers. Running rows alway
 never a gathered copy, and a row that leaves is replaced by the last one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 FIRST_CAPACITY = 128
 """Positions allocated at first; doubled as rows grow, up to the context."""
+FIRST_BLOCKS = 64
+"""Blocks that are allocated to be kept aside at first."""
 
 
 @dataclass
@@ -43,14 +46,18 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def aim(self, *, first: int, positions: Tensor, width: int) -> None:
         """Say where the next forward pass writes, growing the slots to `width` where they are shorter."""
+        self.reach(width)
+        rows = slice(first, first + len(positions))
+        slots = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]
+        self.window = Window(rows, slots, positions, width)
+
+    def reach(self, width: int) -> None:
+        """Make the slots at least `width` positions long."""
         if width > self.capacity:
             capacity = min(self.max_context, max(2 * self.capacity, width))
             for layer in self.layers:
                 layer.grow(capacity)
             self.capacity = capacity  # last: where memory runs out half-way, the next attempt grows the rest
-        rows = slice(first, first + len(positions))
-        slots = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]
-        self.window = Window(rows, slots, positions, width)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another."""
@@ -91,7 +98,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[window.rows, :, : window.width], self.values[window.rows, :, : window.width]
 
     def grow(self, capacity: int) -> None:
-        if self.is_initialized:
+        if self.is_initialized and capacity > self.keys.shape[2]:
             keys, values = self._empty(self.keys, capacity), self._empty(self.values, capacity)
             keys[:, :, : self.keys.shape[2]] = self.keys
             values[:, :, : self.values.shape[2]] = self.values
@@ -110,6 +117,48 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def _empty(self, like: Tensor, capacity: int) -> Tensor:
         """Zeros, not uninitialised memory: see `SlotCache.clear`."""
         return like.new_zeros(self._cache.slots, like.shape[1], capacity, like.shape[3])
+
+
+class BlockStore:
+    """Pieces of slots, kept aside: [places, heads, block, size] for the keys and for the values of each layer, grown by doubling."""
+
+    def __init__(self, cache: SlotCache, *, block: int) -> None:
+        self._cache = cache
+        self._block = block
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        """Of each layer."""
+
+    def save(self, places: Sequence[int], *, slot: int, first: int) -> None:
+        """Copy a slot's blocks from the `first`-th on to `places`."""
+        self._grow(max(places) + 1)
+        span = slice(first * self._block, (first + len(places)) * self._block)
+        index = torch.tensor(places, device=self._kept[0][0].device)
+        for layer, (keys, values) in zip(self._cache.layers, self._kept, strict=True):
+            for kept, whole in ((keys, layer.keys), (values, layer.values)):
+                kept[index] = whole[slot, :, span].unflatten(1, (len(places), self._block)).transpose(0, 1)
+
+    def load(self, places: Sequence[int], *, slot: int) -> None:
+        """Copy the blocks at `places` to the beginning of a slot, one behind the other."""
+        width = len(places) * self._block
+        self._cache.reach(width)
+        index = torch.tensor(places, device=self._kept[0][0].device)
+        for layer, (keys, values) in zip(self._cache.layers, self._kept, strict=True):
+            for kept, whole in ((keys, layer.keys), (values, layer.values)):
+                whole[slot, :, :width] = kept[index].transpose(0, 1).flatten(1, 2)
+
+    def _grow(self, places: int) -> None:
+        if self._kept and places <= len(self._kept[0][0]):
+            return
+        old, self._kept = self._kept, []
+        capacity = max(places, 2 * len(old[0][0]) if old else FIRST_BLOCKS)
+        for n, layer in enumerate(self._cache.layers):
+            pair = []
+            for kind, whole in enumerate((layer.keys, layer.values)):
+                kept = whole.new_empty(capacity, whole.shape[1], self._block, whole.shape[3])
+                if old:
+                    kept[: len(old[n][kind])] = old[n][kind]
+                pair.append(kept)
+            self._kept.append((pair[0], pair[1]))
 
 
 def bytes_per_token(config: Any, dtype: torch.dtype) -> int:

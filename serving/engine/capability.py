@@ -52,7 +52,7 @@ def context_of(model: Any, *, positions: int, asked: int | None, rows: int, memo
 
 
 def probe(decoder: Decoder) -> None:
-    """Compare the slot engine with the model's own plain forward pass, on rows of different lengths, one decode step included.
+    """Compare the slot engine with the model's own plain forward pass, on rows of different lengths, in pieces, one decode step included.
 
     Raises:
         BaseModelError: they differ.
@@ -65,7 +65,9 @@ def probe(decoder: Decoder) -> None:
     wanted = torch.cat([model(input_ids=torch.tensor([row], device=decoder.device)).logits[:, -1].float() for row in rows])
     cache = SlotCache(slots=len(rows), max_context=PROBE_TOKENS)
     try:
-        decoder.prefill(cache, [row[:-1] for row in rows], [None, None], first=0)
+        pieces = [([row[:3] for row in rows], [0, 0]), ([row[3:-1] for row in rows], [3, 3])]
+        for chunks, starts in pieces:
+            decoder.prefill(cache, chunks, [None, None], first=0, starts=starts)
         got = decoder.decode(cache, [row[-1] for row in rows], [len(row) - 1 for row in rows], Segments([None, None]))
     except EngineError as error:
         raise BaseModelError(f"{type(model).__name__}: {error.message}; this architecture is not served by this engine") from None

@@ -1,4 +1,4 @@
-"""Forward passes of a causal model over the slot cache: prompts of new rows, then one token for every running row.
+"""Forward passes of a causal model over the slot cache: pieces of the prompts of new rows, and one token for every running row.
 
 Both ask the model for what it documents: explicit position ids and a 4-D mask, which transformers passes on as it is.
 """
@@ -22,24 +22,32 @@ class Decoder:
         self.device: torch.device = model.device
         self._boolean_mask = model.config._attn_implementation == "sdpa"
 
-    def prefill(self, cache: SlotCache, prompts: Sequence[Sequence[int]], rows: Rows, *, first: int) -> Tensor:
-        """Read the prompts of new rows into the slots from `first`.
+    def prefill(
+        self, cache: SlotCache, chunks: Sequence[Sequence[int]], rows: Rows, *, first: int, starts: Sequence[int] | None = None
+    ) -> Tensor:
+        """Read a piece of the prompt of each row, into the slots from `first`.
 
-        Prompts are padded on the right: what a padding token writes lies past its row's last token, is never attended to, and is
-        overwritten as the row goes on. Give rows sorted by adapter.
+        Pieces are padded on the left, so that all end at the same place and logits are made there alone. What padding writes lies at the
+        position after the piece, is attended to by padding only, and is overwritten as the row goes on. Give rows sorted by adapter.
+
+        Args:
+            chunks: The pieces, none empty.
+            starts: Positions that each slot already holds; none by default.
 
         Returns:
-            [rows, vocabulary] float32: the logits after each prompt's last token.
+            [rows, vocabulary] float32: the logits after each piece's last token.
         """
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
-        positions = torch.arange(longest, device=self.device).expand(len(prompts), -1)
-        cache.aim(first=first, positions=positions, width=longest)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        kept, index = torch.unique(last, return_inverse=True)
-        mask = (positions[0][None, :] <= positions[0][:, None])[None, None]
-        logits = self._forward(cache, ids, positions, mask, kept, Segments(list(rows)))
-        return logits[torch.arange(len(prompts), device=self.device), index]
+        starts = starts or [0] * len(chunks)
+        longest = max(map(len, chunks))
+        width = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
+        ids = torch.tensor([[0] * (longest - len(chunk)) + list(chunk) for chunk in chunks], device=self.device)
+        places = []
+        for start, chunk in zip(starts, chunks, strict=True):
+            end = start + len(chunk)
+            places.append([end] * (longest - len(chunk)) + list(range(start, end)))
+        positions = torch.tensor(places, device=self.device)
+        cache.aim(first=first, positions=positions, width=min(width + 1, cache.max_context))
+        return self._forward(cache, ids, positions, Segments(list(rows)))
 
     def decode(self, cache: SlotCache, tokens: Sequence[int], lengths: Sequence[int], plan: RowPlan) -> Tensor:
         """Read one more token of each row in slots 0..n-1; `lengths` are the positions already filled, `plan` the rows' adapters.
@@ -48,19 +56,20 @@ class Decoder:
             [rows, vocabulary] float32: the logits after that token.
         """
         positions = torch.tensor(lengths, device=self.device)[:, None]
-        width = max(lengths) + 1
-        cache.aim(first=0, positions=positions, width=width)
-        mask = (torch.arange(width, device=self.device)[None, :] <= positions)[:, None, None, :]
+        cache.aim(first=0, positions=positions, width=max(lengths) + 1)
         ids = torch.tensor(tokens, device=self.device)[:, None]
-        return self._forward(cache, ids, positions, mask, 1, plan)[:, 0]
+        return self._forward(cache, ids, positions, plan)
 
-    def _forward(self, cache: SlotCache, ids: Tensor, positions: Tensor, mask: Tensor, kept: Tensor | int, plan: RowPlan) -> Tensor:
+    def _forward(self, cache: SlotCache, ids: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
+        """Logits [rows, vocabulary] after the last of `ids` [rows, tokens]; each token attends to its position and those before it."""
+        assert cache.window is not None, "SlotCache.aim comes first"
+        mask = (torch.arange(cache.window.width, device=self.device) <= positions[:, :, None])[:, None]
         if not self._boolean_mask:
             dtype = self.model.dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(~mask, torch.finfo(dtype).min)
         with self.mixer.running(plan):
             out = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=kept
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-        logits: Tensor = out.logits
+        logits: Tensor = out.logits[:, -1]
         return logits.float()

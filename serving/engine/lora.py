@@ -32,6 +32,8 @@ class AdapterWeights:
     """Module name -> A [rank, inputs] and B [rank, outputs]; B already holds the scaling."""
     modules: dict[str, nn.Module] = field(default_factory=dict)
     """Module name -> trained module that stands in for the base's own (classification heads)."""
+    digest: str | None = None
+    """Of its files: the same weights have the same. None where nothing may be kept under it."""
 
 
 Rows = Sequence[AdapterWeights | None]

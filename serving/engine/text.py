@@ -1,11 +1,43 @@
 """Tokens to text, piece by piece, without ever giving out half a character or part of a stop string."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 HALF = "�"
 LONGEST_HALF = 3
 """A UTF-8 character is at most four bytes, so an unfinished one is at most three tokens and three replacement characters."""
+
+
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+"""How byte-level BPE writes a byte in its vocabulary."""
+FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece writes a byte."""
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A token by itself."""
+
+    text: str
+    """With replacement characters where it is part of a character."""
+    bytes: tuple[int, ...]
+
+
+def token_text(tokenizer: Any, token: int) -> TokenText:
+    """What one token stands for; the bytes of an answer's tokens, laid end to end, are its text."""
+    written = str(tokenizer.convert_ids_to_tokens(token))
+    match = FALLBACK.fullmatch(written)
+    if match:
+        content = bytes([int(match[1], 16)])
+    elif token not in tokenizer.all_special_ids and "ByteLevel" in repr(getattr(tokenizer, "backend_tokenizer", tokenizer).decoder):
+        content = bytes(BYTE_OF[character] for character in written) if set(written) <= BYTE_OF.keys() else written.encode()
+    else:
+        content = written.replace("▁", " ").encode()
+    return TokenText(content.decode(errors="replace"), tuple(content))
 
 
 class TextStream:
@@ -14,7 +46,9 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         """Whether a stop string came; nothing from it on is given out."""
-        self._tokenizer = tokenizer
+        self.settled = 0
+        """Characters that are certain, those of a stop string included."""
+        self.tokenizer = tokenizer
         self._stop = [text for text in stop if text]
         self._ids: list[int] = []
         self._context = 0
@@ -40,6 +74,7 @@ class TextStream:
         if run == 0:
             self._context, self._read = self._read, len(self._ids)
             self._sent = len(self._decode(self._context))
+        self.settled += len(fresh)
         return self._without_stop(fresh)
 
     def finish(self) -> str:
@@ -52,7 +87,7 @@ class TextStream:
         return text if self.stopped else text + rest
 
     def _decode(self, start: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(self._ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _without_stop(self, fresh: str) -> str:
         text = self._held + fresh

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from serving.base import Engine, Served
-from serving.engine.generation import Ended, Event, Generation, Row, cancel, make_chooser
+from serving.engine.generation import Generation
 from serving.engine.lora import Stack, StackedRows
+from serving.engine.row import Ended, Event, Row, TextPiece, cancel
+from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
 from serving.errors import EngineError
 from serving.loading import AdapterLoader
@@ -26,23 +28,11 @@ class Recorder:
 
     @property
     def text(self) -> str:
-        return "".join(event.text for event in self.events if not isinstance(event, Ended | EngineError))
+        return "".join(event.text for event in self.events if isinstance(event, TextPiece))
 
     @property
     def ended(self) -> Ended | None:
         return next((event for event in self.events if isinstance(event, Ended)), None)
-
-
-class TokenText(TextStream):
-    """Keeps the tokens, so that tests compare them and not only the text."""
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
-        super().__init__(tokenizer, stop)
-        self.tokens: list[int] = []
-
-    def push(self, token: int) -> str:
-        self.tokens.append(token)
-        return super().push(token)
 
 
 def row(
@@ -53,7 +43,7 @@ def row(
         prompt=prompt,
         adapter=served.weights,
         chooser=chooser,
-        text=TokenText(served.processor, stop),
+        text=TextStream(served.processor, stop),
         end_ids=served.end_ids if ends else frozenset(),
         max_tokens=max_tokens,
         emit=Recorder().events.append,
@@ -61,8 +51,7 @@ def row(
 
 
 def tokens_of(row: Row) -> list[int]:
-    assert isinstance(row.text, TokenText)
-    return row.text.tokens
+    return row.made[:-1] if row.made[-1] in row.end_ids else row.made
 
 
 def recorder(row: Row) -> Recorder:

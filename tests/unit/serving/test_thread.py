@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from serving.engine.alone import AT_ONCE, Alone
-from serving.engine.generation import FAILURES_AT_MOST, Event, Generation, Row, cancel, make_chooser
+from serving.engine.generation import FAILURES_AT_MOST, Generation
+from serving.engine.row import Event, Row, cancel
+from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
 from serving.engine.thread import ModelThread
 from serving.errors import EngineError
