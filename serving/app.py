@@ -19,6 +19,7 @@ from hone.registry import Registry
 from hone.storage import Home
 from serving.calls import ChatCall, Classified, ClassifyCall, CompletionCall, Event, Failed, Status
 from serving.catalog import BaseDescription
+from serving.engine.generation import PREFILL_TOKENS
 from serving.ingress import BusyError, make_app
 from serving.replica import Replica
 
@@ -45,6 +46,11 @@ class ServeArgs(BaseModel):
     """Adapters that one replica keeps in memory."""
     max_copies: int = Field(default=2, ge=0)
     """Copies of the base that one replica keeps, for adapters that cannot share a batch; each takes the base's memory once more."""
+    prefill_tokens: int = Field(default=PREFILL_TOKENS, ge=1)
+    """Prompt tokens that are read between two tokens of the answers in the making."""
+    prefix_tokens: int | None = Field(default=None, ge=0)
+    """Tokens of earlier prompts and answers that one replica keeps for those that begin alike; 0 keeps none, by default as many as fit into
+    a tenth of the free memory."""
     max_queued: int = Field(default=256, ge=0)
     """Requests that wait for a replica before more are answered 429."""
     num_cpus: float = Field(default=1, ge=0)
@@ -74,6 +80,8 @@ def build(args: ServeArgs) -> serve.Application:
         max_context=args.max_context,
         max_adapters=args.max_adapters,
         max_copies=args.max_copies,
+        prefill_tokens=args.prefill_tokens,
+        prefix_tokens=args.prefix_tokens,
     )
     # Many more than the replicas take: waiting streams sit here, and those past `max_queued` are answered 429.
     ingress = serve.deployment(serve.ingress()(Ingress)).options(

@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from models.tasks import TASKS, Head, Inputs, inputs_by
 from models.tasks.task import ProblemType
 from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
 from serving.engine.alone import Alone
+from serving.engine.cache import bytes_per_token
 from serving.engine.capability import context_of, probe
 from serving.engine.classifier import Classification
 from serving.engine.decoder import Decoder
-from serving.engine.generation import Generation
+from serving.engine.generation import PREFILL_TOKENS, Generation
 from serving.engine.heads import EncoderHeads, Heads, MixedHeads, OwnHeads, TrunkHeads
 from serving.engine.lora import AdapterWeights, Mixer
 from serving.engine.thread import ModelThread, Work
@@ -31,6 +33,8 @@ logger = logging.getLogger("ray.serve")
 
 MEMORY_SHARE = 0.5
 """Part of the free memory that keys and values may grow into; the rest is for adapters, activations and everyone else."""
+PREFIX_SHARE = 0.1
+"""Likewise, that the keys and values of earlier prompts may."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +116,15 @@ class Engine:
         return manifest.served == "mixed" and manifest.task in self.mixed_tasks
 
 
-def load_engine(base: BaseModel, *, published: AdapterManifest | None = None, max_rows: int, max_context: int | None) -> Engine:
+def load_engine(
+    base: BaseModel,
+    *,
+    published: AdapterManifest | None = None,
+    max_rows: int,
+    max_context: int | None,
+    prefill_tokens: int = PREFILL_TOKENS,
+    prefix_tokens: int | None = None,
+) -> Engine:
     """Load a base and start its thread.
 
     Args:
@@ -120,6 +132,8 @@ def load_engine(base: BaseModel, *, published: AdapterManifest | None = None, ma
         published: What it was published as, where it is a whole model of the registry.
         max_rows: Rows that run at once.
         max_context: Tokens of one row; None is as many as the base and the memory allow.
+        prefill_tokens: Prompt tokens that are read in one step.
+        prefix_tokens: Tokens of earlier prompts and answers that are kept; None is as many as the memory allows.
 
     Raises:
         BaseModelError: the base cannot be loaded, or this engine cannot serve its architecture.
@@ -134,7 +148,11 @@ def load_engine(base: BaseModel, *, published: AdapterManifest | None = None, ma
     if kind == "decoder":
         if lacks_template(base.folder):
             logger.info("%s: %s", base.id.name, NO_TEMPLATE)
-        parts = _decoder_parts(base, model, inputs_by(processor), max_rows=max_rows, max_context=max_context)
+        memory = _free_memory(device)
+        context = context_of(model, positions=base.max_context, asked=max_context, rows=max_rows, memory_bytes=int(memory * MEMORY_SHARE))
+        kept = int(memory * PREFIX_SHARE) // bytes_per_token(model.config, dtype) if prefix_tokens is None else prefix_tokens
+        make = partial(Generation, max_rows=max_rows, max_context=context, prefill_tokens=prefill_tokens, prefix_tokens=kept)
+        parts = _decoder_parts(model, inputs_by(processor), make, context=context)
     elif kind == "encoder-decoder":
         parts = Parts(min(base.max_context, asked))
     else:
@@ -184,17 +202,13 @@ def _load_model(base: BaseModel, task: TaskName, device: torch.device, dtype: to
     return model.to(device).eval().requires_grad_(False), not generates(task) and not missing
 
 
-def _decoder_parts(base: BaseModel, model: Any, inputs: Inputs, *, max_rows: int, max_context: int | None) -> Parts:
+def _decoder_parts(model: Any, inputs: Inputs, make: Callable[[Decoder], Generation], *, context: int) -> Parts:
     """A causal language model generates, and its trunk reads what is to be classified."""
-    memory = _free_memory(model.device)
-    context = context_of(model, positions=base.max_context, asked=max_context, rows=max_rows, memory_bytes=memory)
     mixer = Mixer(model)
     decoder = Decoder(model, mixer)
     with torch.inference_mode():
         probe(decoder)
-    return Parts(
-        context, mixer, decoder, Generation(decoder, max_rows=max_rows, max_context=context), _trunk_heads(model.base_model, mixer, inputs)
-    )
+    return Parts(context, mixer, decoder, make(decoder), _trunk_heads(model.base_model, mixer, inputs))
 
 
 def _encoder_parts(base: BaseModel, kind: Kind, task: TaskName, model: Any, inputs: Inputs, *, context: int) -> Parts:
@@ -254,6 +268,6 @@ def _positions(model: Any, base: BaseModel) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that keys and values may grow into."""
+    """Bytes that nobody uses."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free * MEMORY_SHARE)
+    return int(free)

@@ -1,18 +1,20 @@
 """What the ingress asks of a replica and what it hears back. Plain picklable values: they cross processes, and know no HTTP."""
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from hone.tasks import TASKS
 from models.tasks.task import ProblemType
 from serving.catalog import BaseDescription
+from serving.engine.fairness import EVERYONE, Tenant
+from serving.engine.row import TokenScore
 from serving.errors import RequestError
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is made."""
+    """How an answer is made; `serving.engine.sampling.Chooser` says what each setting does."""
 
     max_tokens: int | None
     """None is as many as the context has room for."""
@@ -20,6 +22,14 @@ class Sampling:
     top_p: float
     seed: int | None
     stop: tuple[str, ...]
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    timeout_s: float | None = None
+    """From when the replica has the request; an answer that is not complete by then is given up."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class ChatCall:
     messages: list[dict[str, Any]]
     n: int
     sampling: Sampling
+    tenant: Tenant = EVERYONE
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class CompletionCall:
     prompts: list[str | list[int]]
     n: int
     sampling: Sampling
+    tenant: Tenant = EVERYONE
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,8 @@ class Piece:
 
     choice: int
     text: str
+    scores: tuple[TokenScore, ...] = ()
+    """Of the tokens that begin in it, where they were asked for."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from serving.calls import Answer, Backend, ChatCall, Classified, CompletionCall,
 from serving.catalog import Catalog
 from serving.errors import RequestError
 from serving.schemas import ChatRequest, ClassifyRequest, CompletionRequest, GenerateRequest
+from serving.shapes import ChatShape, CompletionShape, Shape
 
 BODY_AT_MOST = 32 * 2**20
 """Bytes of a request."""
@@ -60,11 +61,13 @@ def make_app(backend: Backend, registry: Registry) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest) -> Any:
-        return await _generate(backend, body, body.call(), ChatShape(with_usage=body.with_usage))
+        shape = ChatShape(with_usage=body.with_usage, with_logprobs=bool(body.logprobs))
+        return await _generate(backend, body, body.call(), shape)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest) -> Any:
-        return await _generate(backend, body, body.call(), CompletionShape(with_usage=body.with_usage))
+        shape = CompletionShape(with_usage=body.with_usage, with_logprobs=body.logprobs is not None)
+        return await _generate(backend, body, body.call(), shape)
 
     @app.post("/v1/classify")
     async def classify(body: ClassifyRequest) -> Any:
@@ -74,50 +77,6 @@ def make_app(backend: Backend, registry: Registry) -> FastAPI:
         return JSONResponse(_classification(result), headers={"x-hone-adapter": result.served})
 
     return app
-
-
-class ChatShape:
-    """Chat answers as OpenAI writes them."""
-
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def __init__(self, *, with_usage: bool) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.with_usage = with_usage
-
-    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-
-    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": {} if reason else {"content": text}, "logprobs": None, "finish_reason": reason}
-
-
-class CompletionShape:
-    """Completions as OpenAI writes them."""
-
-    object = "text_completion"
-    chunk_object = "text_completion"
-
-    def __init__(self, *, with_usage: bool) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self.with_usage = with_usage
-
-    def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-
-    def opening(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002 - completions open with their first text
-        return None
-
-    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return self.choice(index, text, reason)
-
-
-Shape = ChatShape | CompletionShape
 
 
 async def _generate(backend: Backend, body: GenerateRequest, call: ChatCall | CompletionCall, shape: Shape) -> Any:
@@ -139,7 +98,7 @@ async def _generate(backend: Backend, body: GenerateRequest, call: ChatCall | Co
 
 def _whole(events: list[Event], shape: Shape) -> JSONResponse:
     """One JSON answer of all events of a request."""
-    texts: dict[int, str] = {}
+    pieces: dict[int, Piece] = {}
     done: list[Done] = []
     started: Started | None = None
     for event in events:
@@ -148,12 +107,13 @@ def _whole(events: list[Event], shape: Shape) -> JSONResponse:
                 raise error
             case Started():
                 started = event
-            case Piece(choice, text):
-                texts[choice] = text
+            case Piece(choice):
+                pieces[choice] = event
             case Done():
                 done.append(event)
     assert started is not None, "a backend says first whether it accepts"
-    choices = [shape.choice(d.choice, texts.get(d.choice, ""), d.reason) for d in sorted(done, key=lambda d: d.choice)]
+    done.sort(key=lambda each: each.choice)
+    choices = [shape.choice(pieces.get(each.choice, Piece(each.choice, "")), each.reason) for each in done]
     body = {**_envelope(shape, started, shape.object), "choices": choices, "usage": _usage(started, sum(d.tokens for d in done))}
     return JSONResponse(body, headers={"x-hone-adapter": started.served})
 
@@ -167,11 +127,11 @@ async def _stream(events: AsyncIterator[list[Event]], started: Started, shape: S
     async for ready in events:
         for event in ready:
             match event:
-                case Piece(choice, text):
-                    yield _sse({**envelope, "choices": [shape.delta(choice, text, None)]})
+                case Piece():
+                    yield _sse({**envelope, "choices": [shape.delta(event)]})
                 case Done(choice, reason, tokens):
                     made += tokens
-                    yield _sse({**envelope, "choices": [shape.delta(choice, "", reason)]})
+                    yield _sse({**envelope, "choices": [shape.closing(choice, reason)]})
                 case Failed(error):
                     yield _sse(_error_body(error.message, error.type, error.param, error.code))
                     return

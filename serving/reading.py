@@ -53,8 +53,9 @@ class Reader:
         """Prompts as token ids.
 
         Raises:
-            RequestError: one is empty, or too long.
+            RequestError: one is empty, or too long; or the call names tokens that there are not.
         """
+        self._known([*call.sampling.logit_bias], "logit_bias")
         if isinstance(call, ChatCall):
             _refuse_endless(served, sum(len(message["content"]) for message in call.messages), "messages")
             try:

@@ -4,8 +4,9 @@ An ordinary class; `serving.app` deploys it on Ray Serve.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 
@@ -30,18 +31,17 @@ from serving.calls import (
     Event,
     Failed,
     Piece,
-    Sampling,
     Started,
     Status,
 )
 from serving.catalog import BaseDescription, Catalog
 from serving.engine.alone import Alone
-from serving.engine.generation import Generation
+from serving.engine.generation import PREFILL_TOKENS, Generation
 from serving.engine.row import Ended, Row, TextPiece, cancel
 from serving.engine.row import Event as RowEvent
 from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
-from serving.errors import EngineError, RequestError
+from serving.errors import RequestError
 from serving.kinds import routes_of
 from serving.loading import AdapterLoader
 from serving.reading import Reader, answer, room
@@ -60,6 +60,8 @@ class Replica:
         max_context: int | None = None,
         max_adapters: int = 64,
         max_copies: int = 2,
+        prefill_tokens: int = PREFILL_TOKENS,
+        prefix_tokens: int | None = None,
     ) -> None:
         """Load the base; everything else is loaded when it is first called.
 
@@ -73,7 +75,14 @@ class Replica:
         registry = Registry(opened)
         found = find_base_model(base, home=opened, revision=revision)
         published = _published(base, found, registry)
-        self._engine = load_engine(found, published=published, max_rows=max_rows, max_context=max_context)
+        self._engine = load_engine(
+            found,
+            published=published,
+            max_rows=max_rows,
+            max_context=max_context,
+            prefill_tokens=prefill_tokens,
+            prefix_tokens=prefix_tokens,
+        )
         self._description = BaseDescription(
             id=found.id,
             task=self._engine.base.task,
@@ -117,6 +126,7 @@ class Replica:
 
     async def generate(self, call: ChatCall | CompletionCall) -> AsyncIterator[list[Event]]:
         """See `Backend.generate`."""
+        deadline = math.inf if call.sampling.timeout_s is None else time.monotonic() + call.sampling.timeout_s
         try:
             async with await self._served(call) as served:
                 prompts = await asyncio.to_thread(self._reader.prompts, served, call)
@@ -124,7 +134,7 @@ class Replica:
                 queue: asyncio.Queue[tuple[int, RowEvent]] = asyncio.Queue()
                 tell = partial(_tell, asyncio.get_running_loop(), queue)
                 rows = [
-                    _row(served, prompt, limit, call.sampling, choice, partial(tell, n * call.n + choice))
+                    _row(served, prompt, limit, call, choice, partial(tell, n * call.n + choice), deadline)
                     for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
                     for choice in range(call.n)
                 ]
@@ -134,22 +144,21 @@ class Replica:
                     async for events in _events(queue, len(rows)):
                         yield events
                 finally:
-                    with suppress(EngineError):  # the thread has ended, and its rows with it
-                        self._engine.thread.call(lambda: cancel(rows))
+                    cancel(rows)
         except RequestError as error:
             yield [Failed(error)]
 
     async def answer(self, call: ChatCall | CompletionCall) -> list[Event]:
         """See `Backend.answer`."""
-        texts: dict[int, list[str]] = {}
+        pieces: dict[int, list[Piece]] = {}
         others: list[Event] = []
         async for events in self.generate(call):
             for event in events:
                 if isinstance(event, Piece):
-                    texts.setdefault(event.choice, []).append(event.text)
+                    pieces.setdefault(event.choice, []).append(event)
                 else:
                     others.append(event)
-        return [*others[:1], *(Piece(choice, "".join(parts)) for choice, parts in texts.items()), *others[1:]]
+        return [*others[:1], *map(_joined, pieces.values()), *others[1:]]
 
     async def classify(self, call: ClassifyCall) -> Classified | Failed:
         """See `Backend.classify`."""
@@ -188,16 +197,43 @@ class Replica:
             self._engine.generation.add(rows)
 
 
-def _row(served: Served, prompt: list[int], limit: int, sampling: Sampling, choice: int, emit: Callable[[RowEvent], None]) -> Row:
+def _row(
+    served: Served,
+    prompt: list[int],
+    limit: int,
+    call: ChatCall | CompletionCall,
+    choice: int,
+    emit: Callable[[RowEvent], None],
+    deadline: float,
+) -> Row:
+    sampling = call.sampling
     return Row(
         prompt=prompt,
         adapter=served.weights,
-        chooser=make_chooser(temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed, choice=choice),
+        chooser=make_chooser(
+            seed=sampling.seed,
+            choice=choice,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            logit_bias=sampling.logit_bias,
+            logprobs=sampling.logprobs,
+        ),
         text=TextStream(served.processor, sampling.stop),
         end_ids=served.end_ids,
         max_tokens=limit,
         emit=emit,
+        tenant=call.tenant,
+        deadline=deadline,
     )
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    scores = tuple(score for piece in pieces for score in piece.scores)
+    return Piece(pieces[0].choice, "".join(piece.text for piece in pieces), scores)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[tuple[int, RowEvent]]", choice: int, event: RowEvent) -> None:
@@ -210,7 +246,7 @@ async def _events(queue: "asyncio.Queue[tuple[int, RowEvent]]", rows: int) -> As
     """Everything that is ready, each time something is, until every row has ended.
 
     Raises:
-        EngineError: a row could not be finished.
+        RequestError: a row could not be finished.
     """
     while rows:
         ready = [await queue.get()]
@@ -219,12 +255,12 @@ async def _events(queue: "asyncio.Queue[tuple[int, RowEvent]]", rows: int) -> As
         events: list[Event] = []
         for choice, event in ready:
             match event:
-                case TextPiece(text):
-                    events.append(Piece(choice, text))
+                case TextPiece(text, scores):
+                    events.append(Piece(choice, text, scores))
                 case Ended(reason, tokens):
                     events.append(Done(choice, reason, tokens))
                     rows -= 1
-                case EngineError():
+                case RequestError():
                     raise event
         yield events
 

@@ -18,25 +18,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": (),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
 """Parameters that this version does not do -> the values that ask for nothing (null always does)."""
 CHOICES_AT_MOST = 16
+BIASES_AT_MOST = 1024
 ROWS_AT_MOST = 256
 """Prompts, or texts, pictures and sounds, in one request."""
 DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
@@ -86,6 +82,14 @@ class GenerateRequest(Request):
     stop: list[Text] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(default=None, ge=1)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=BIASES_AT_MOST)
+    top_k: int | None = Field(default=None, ge=0)
+    """Not OpenAI's; vLLM's name for it. The same holds for `min_p`."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    timeout_s: float | None = Field(default=None, gt=0)
+    """Ours: how long the caller waits for the whole answer."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -97,17 +101,32 @@ class GenerateRequest(Request):
             raise ValueError(f"at most 4 stop strings; there are {len(stop)}")
         return stop
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _biased_tokens(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        unknown = next((key for key in value or {} if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
+        if unknown is not None:
+            raise ValueError(f"keys are token ids; {unknown[:50]!r} is none")
+        return value
+
     @property
     def with_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, max_tokens: int | None) -> Sampling:
+    def sampling(self, max_tokens: int | None, *, logprobs: int | None) -> Sampling:
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
             stop=tuple(text for text in self.stop or [] if text),
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            logprobs=logprobs,
+            timeout_s=self.timeout_s,
         )
 
 
@@ -146,6 +165,8 @@ class ChatRequest(GenerateRequest):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -153,15 +174,23 @@ class ChatRequest(GenerateRequest):
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit; give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _top_of_something(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        return self
+
     def call(self) -> ChatCall:
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        return ChatCall(self.model, [message.as_row() for message in self.messages], self.n or 1, self.sampling(limit))
+        sampling = self.sampling(limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        return ChatCall(self.model, [message.as_row() for message in self.messages], self.n or 1, sampling)
 
 
 class CompletionRequest(GenerateRequest):
     """POST /v1/completions."""
 
     prompt: list[str | list[int]] = Field(min_length=1, max_length=ROWS_AT_MOST)
+    logprobs: int | None = Field(default=None, ge=0, le=5)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -174,7 +203,8 @@ class CompletionRequest(GenerateRequest):
 
     def call(self) -> CompletionCall:
         # OpenAI's completions stop after 16 tokens where nothing is said.
-        return CompletionCall(self.model, self.prompt, self.n or 1, self.sampling(16 if self.max_tokens is None else self.max_tokens))
+        limit = 16 if self.max_tokens is None else self.max_tokens
+        return CompletionCall(self.model, self.prompt, self.n or 1, self.sampling(limit, logprobs=self.logprobs))
 
 
 class ClassifyRequest(Request):

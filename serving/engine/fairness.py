@@ -6,7 +6,7 @@ than the lowest counter of those that are busy: what it did not use is not saved
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -55,7 +55,7 @@ class FairQueue(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return (item for items in self._waiting.values() for item in items)
 
-    def extend(self, items: Sequence[T]) -> None:
+    def extend(self, items: Iterable[T]) -> None:
         for item in items:
             name = item.tenant.name
             if name not in self._busy():

@@ -25,7 +25,7 @@ FAILURES_AT_MOST = 3
 
 
 class Generation:
-    """Rows in slots 0..n-1: first those that are answered, then at most one whose prompt is longer than what one step reads. Others wait."""
+    """Rows in slots 0..n-1: those that are answered, and behind them at most one whose prompt is longer than what a step reads; and a queue."""
 
     def __init__(
         self, decoder: Decoder, *, max_rows: int, max_context: int, prefill_tokens: int = PREFILL_TOKENS, prefix_tokens: int = 0
@@ -109,8 +109,8 @@ class Generation:
         self._settle(first, tokens)
 
     def _join(self) -> None:
-        """Give slots to rows that wait, as far as this step's tokens go. A prompt is cut only where it is the first, so only one is ever read
-        in part."""
+        """Give slots to rows that wait, as far as this step's tokens go. A prompt is cut only where it is the first, so only one is ever
+        read in part."""
         reading = self._rows[self._answered :]
         longest = max((len(row.prompt) - row.read for row in reading), default=0)
         new: list[Row] = []
@@ -182,7 +182,7 @@ class Generation:
         self.prefixes.save(row.prefix_key, [*row.prompt, *row.made][: row.filled], slot=slot)
 
     def _remove(self, slots: Sequence[int]) -> None:
-        """Free slots, closing each gap with the last row that is answered, and the gap which that leaves with the one that is being read."""
+        """Free slots, closing each gap with the last row that is answered, and the gap after that with the one that is being read."""
         for gap in reversed(slots):
             self._waiting.done(self._rows[gap])
             for last in (self._answered - 1, len(self._rows) - 1):

@@ -10,7 +10,6 @@ from serving.engine.sampling import Chooser, Chosen
 from serving.engine.text import TextStream, TokenText, token_text
 from serving.errors import DeadlineError, EngineError, RequestError
 
-
 BASE = ""
 """Stands for the digest of no adapter."""
 
@@ -23,6 +22,8 @@ class TokenScore:
     logprob: float
     likeliest: "tuple[TokenScore, ...]" = ()
     """The likeliest tokens at its place, themselves without such a list."""
+    begins: int = 0
+    """Characters of the answer before it."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Row:
     """Tokens of the answer."""
     cancelled: bool = False
     """Nobody waits for it any more. Any thread may set this; the row is dropped before the next forward pass."""
-    _pending: list[tuple[int, TokenScore]] = field(default_factory=list)
-    """Tokens that are not told yet, and where in the text they begin."""
+    _pending: list[TokenScore] = field(default_factory=list)
+    """Of tokens that are not told yet."""
     _told: int = 0
     """Characters that were given out."""
 
@@ -92,7 +93,7 @@ class Row:
         self.made.append(chosen.token)
         ended = chosen.token in self.end_ids
         if chosen.logprob is not None and not ended:
-            self._pending.append((self.text.settled, self._score(chosen, chosen.logprob)))
+            self._pending.append(self._score(chosen, chosen.logprob))
         text = self.text.finish() if ended else self.text.push(chosen.token)
         reason = "stop" if ended or self.text.stopped else "length" if len(self.made) >= self.max_tokens else None
         if reason == "length":
@@ -106,7 +107,7 @@ class Row:
     def _tell(self, text: str, *, everything: bool) -> None:
         """Give out text and the scores of the tokens that begin in it; what begins past a stop string is never told."""
         self._told += len(text)
-        told = [score for begins, score in self._pending if everything or begins < self._told]
+        told = [score for score in self._pending if everything or score.begins < self._told]
         del self._pending[: len(told)]
         if text or told:
             self.emit(TextPiece(text, tuple(told)))
@@ -114,7 +115,7 @@ class Row:
     def _score(self, chosen: Chosen, logprob: float) -> TokenScore:
         tokenizer = self.text.tokenizer
         likeliest = tuple(TokenScore(token_text(tokenizer, token), value) for token, value in chosen.likeliest)
-        return TokenScore(token_text(tokenizer, chosen.token), logprob, likeliest)
+        return TokenScore(token_text(tokenizer, chosen.token), logprob, likeliest, self.text.settled)
 
 
 def cancel(rows: Iterable[Row]) -> None:

@@ -1,0 +1,92 @@
+"""Answers as OpenAI writes them: whole and in pieces, chats and completions, each with its own form of log probabilities."""
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from serving.calls import Piece
+from serving.engine.row import TokenScore
+
+LEAST = -9999.0
+"""What OpenAI writes for a probability of zero, whose logarithm JSON cannot spell."""
+
+
+class ChatShape:
+    """Chat answers."""
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, *, with_usage: bool, with_logprobs: bool = False) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.with_usage = with_usage
+        self._with_logprobs = with_logprobs
+
+    def choice(self, piece: Piece, reason: str) -> dict[str, Any]:
+        """All of an answer."""
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return {"index": piece.choice, "message": message, "logprobs": self._logprobs(piece), "finish_reason": reason}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        return {"index": piece.choice, "delta": {"content": piece.text}, "logprobs": self._logprobs(piece), "finish_reason": None}
+
+    def closing(self, index: int, reason: str) -> dict[str, Any]:
+        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        content = [{**_scored(score), "top_logprobs": [_scored(other) for other in score.likeliest]} for score in piece.scores]
+        return {"content": content, "refusal": None}
+
+
+class CompletionShape:
+    """Completions."""
+
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, *, with_usage: bool, with_logprobs: bool = False) -> None:
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.with_usage = with_usage
+        self._with_logprobs = with_logprobs
+
+    def choice(self, piece: Piece, reason: str | None) -> dict[str, Any]:
+        """All of an answer."""
+        logprobs = _in_columns(piece.scores) if self._with_logprobs else None
+        return {"index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": reason}
+
+    def opening(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002 - completions open with their first text
+        return None
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        return self.choice(piece, None)
+
+    def closing(self, index: int, reason: str) -> dict[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+
+
+Shape = ChatShape | CompletionShape
+
+
+def _scored(score: TokenScore) -> dict[str, Any]:
+    return {"token": score.token.text, "bytes": list(score.token.bytes), "logprob": max(score.logprob, LEAST)}
+
+
+def _in_columns(scores: Sequence[TokenScore]) -> dict[str, Any]:
+    """Each of the likeliest, and the chosen token where it is none of them."""
+    return {
+        "tokens": [_name(score) for score in scores],
+        "token_logprobs": [max(score.logprob, LEAST) for score in scores],
+        "top_logprobs": [{_name(each): max(each.logprob, LEAST) for each in (*score.likeliest, score)} for score in scores],
+        "text_offset": [score.begins for score in scores],
+    }
+
+
+def _name(score: TokenScore) -> str:
+    """A token as a key: half characters by their bytes, since all of them would be one replacement character."""
+    text = score.token.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.token.bytes) if "\N{REPLACEMENT CHARACTER}" in text else text
