@@ -10,8 +10,9 @@ from models.tasks import TASKS, Batch
 from serving.base import Engine, Served
 from serving.engine.cache import SlotCache
 from serving.engine.capability import tolerance
+from serving.engine.decoding import Stack, StackedRows
 from serving.engine.heads import Heads
-from serving.engine.lora import Rows, Stack, StackedRows
+from serving.engine.lora import Rows
 from serving.errors import AdapterRefusedError
 from serving.kinds import generates
 

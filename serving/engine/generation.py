@@ -11,8 +11,8 @@ from torch import Tensor
 
 from serving.engine.cache import SlotCache
 from serving.engine.decoder import Decoder
+from serving.engine.decoding import Planner
 from serving.engine.fairness import FairQueue
-from serving.engine.lora import Planner
 from serving.engine.prefix import BLOCK, PrefixCache
 from serving.engine.row import Row, is_out, overflowed
 from serving.engine.sampling import Chosen, choose
@@ -25,7 +25,7 @@ FAILURES_AT_MOST = 3
 
 
 class Generation:
-    """Rows in slots 0..n-1: those that are answered, and behind them at most one whose prompt is longer than what a step reads; and a queue."""
+    """Rows in slots 0..n-1: those that are answered, and behind them at most one whose prompt a step cannot read whole; and a queue."""
 
     def __init__(
         self, decoder: Decoder, *, max_rows: int, max_context: int, prefill_tokens: int = PREFILL_TOKENS, prefix_tokens: int = 0

@@ -3,9 +3,8 @@
 Every linear layer of the base is wrapped once. A forward pass runs under a row plan that says which adapter each row has, and the wrapped
 layers add each row's own low-rank delta to what the base computed. Base weights are never touched, so a row without an adapter is the base.
 
-Two plans, because two shapes of work want different GEMMs. `Segments` (prefill, classification: many tokens per row) runs each adapter's
-two matrices over its own rows. `Stack` (decode: one token per row) concatenates the adapters' matrices into one pair of GEMMs over all
-rows, and zeros between the two what belongs to another row's adapter.
+There are several plans, because each shape of work wants other products. `Segments` (prefill, classification: many tokens per row) runs
+each adapter's two matrices over its own rows. Those of `serving.engine.decoding` are for one token per row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from serving.errors import EngineError
-
-STACK_AT_MOST = 24
-"""Adapters in one stack. Past this the masked products cost more than running each adapter on its own rows (docs/decisions/0005)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,50 +63,6 @@ class Segments:
             if pair:
                 out[run] += (x[run] @ pair[0].T) @ pair[1]
         return out
-
-
-class Stack:
-    """The matrices of several adapters, concatenated along the rank, per module."""
-
-    def __init__(self, adapters: Sequence[AdapterWeights]) -> None:
-        self.adapters = list(adapters)
-        self.layers: dict[str, tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]] = {}
-        for module in {name for adapter in adapters for name in adapter.layers}:
-            pairs = [(n, adapter.layers[module]) for n, adapter in enumerate(adapters) if module in adapter.layers]
-            a, b = torch.cat([a for _, (a, _) in pairs]), torch.cat([b for _, (_, b) in pairs])
-            self.layers[module] = a, b, tuple((n, len(a)) for n, (a, _) in pairs)
-
-    def holds(self, adapters: Sequence[AdapterWeights]) -> bool:
-        """Whether it can serve these adapters without being mostly about others."""
-        held = {id(adapter) for adapter in self.adapters}
-        return all(id(adapter) in held for adapter in adapters) and len(held) <= 2 * len(adapters)
-
-
-class StackedRows:
-    """Rows over a stack: one pair of GEMMs, and between them zeros where a rank belongs to another row's adapter."""
-
-    def __init__(self, rows: Rows, stack: Stack, device: torch.device) -> None:
-        self.rows = rows
-        self.stack = stack
-        index = {id(adapter): n for n, adapter in enumerate(stack.adapters)}
-        owners = torch.tensor([index[id(row)] if row else -1 for row in rows], device=device)
-        self._foreign: dict[tuple[tuple[int, int], ...], Tensor | None] = {}
-        for _, _, layout in stack.layers.values():
-            if layout not in self._foreign:
-                ranks = torch.tensor([n for n, rank in layout for _ in range(rank)], device=device)
-                foreign = (ranks != owners[:, None])[:, None, :]
-                self._foreign[layout] = foreign if bool(foreign.any()) else None
-
-    def add(self, module: str, x: Tensor, out: Tensor) -> Tensor:
-        if module not in self.stack.layers:
-            return out
-        a, b, layout = self.stack.layers[module]
-        foreign = self._foreign[layout]
-        low = x @ a.T
-        if foreign is not None:
-            # Filled rather than multiplied: an overflow in one row's product must not reach another row as inf * 0.
-            low = low.masked_fill(foreign if low.dim() == 3 else foreign[:, 0], 0)
-        return out.add_(low @ b)
 
 
 class Mixer:
@@ -167,33 +118,8 @@ class MixedLinear(nn.Module):
         plan = self._mixer.plan
         if plan is None:
             return out
-        if len(x) != len(plan.rows):
-            raise EngineError(f"layer {self._name} sees {len(x)} rows of a batch of {len(plan.rows)}, so adapters cannot be mixed there")
+        if x.shape[0] != len(plan.rows):
+            raise EngineError(
+                f"layer {self._name} sees {x.shape[0]} rows of a batch of {len(plan.rows)}, so adapters cannot be mixed there"
+            )
         return plan.add(self._name, x, out)
-
-
-class Planner:
-    """Makes decode plans, keeping the last stack while the adapters in use stay the same."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stack: Stack | None = None
-        self._plan: RowPlan | None = None
-
-    def plan(self, rows: Rows) -> RowPlan:
-        """A plan for these rows, the last one where nothing changed."""
-        if self._plan is not None and [id(row) for row in rows] == [id(row) for row in self._plan.rows]:
-            return self._plan
-        active = list({id(row): row for row in rows if row}.values())
-        if not active or len(active) > STACK_AT_MOST:
-            self._plan = Segments(list(rows))
-            return self._plan
-        if self._stack is None or not self._stack.holds(active):
-            self._stack = None  # frees the old copy before the new one is made
-            self._stack = Stack(active)
-        self._plan = StackedRows(list(rows), self._stack, self._device)
-        return self._plan
-
-    def forget(self) -> None:
-        """Let go of every adapter's memory."""
-        self._stack = self._plan = None

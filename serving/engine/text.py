@@ -8,6 +8,8 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 HALF = "�"
+WINDOW = 16
+"""Tokens that are decoded together, before decoding goes on from a later one: to move on takes a decoding of its own."""
 LONGEST_HALF = 3
 """A UTF-8 character is at most four bytes, so an unfinished one is at most three tokens and three replacement characters."""
 
@@ -72,8 +74,10 @@ class TextStream:
         fresh = window[self._sent : settled]
         self._sent = max(self._sent, settled)
         if run == 0:
-            self._context, self._read = self._read, len(self._ids)
-            self._sent = len(self._decode(self._context))
+            if len(self._ids) - self._context >= WINDOW:
+                self._context = self._read
+                self._sent = len(self._decode(self._context))
+            self._read = len(self._ids)
         self.settled += len(fresh)
         return self._without_stop(fresh)
 

@@ -22,7 +22,8 @@ from hone.errors import BaseModelError
 from serving.engine.cache import SlotCache
 from serving.engine.capability import context_of, probe
 from serving.engine.decoder import Decoder
-from serving.engine.lora import AdapterWeights, Mixer, Segments, Stack, StackedRows
+from serving.engine.decoding import CopiedRows, Copies, Planner, Stack, StackedRows
+from serving.engine.lora import AdapterWeights, Mixer, Segments
 from serving.loading import split_weights
 
 SMALL: dict[str, Any] = {"vocab_size": 90, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -76,13 +77,18 @@ def test_mixed_rows_equal_peft_on_each_architecture(config: Any) -> None:
     rows = [[5, 6, 7, 8, 9], [11, 12], [5, 6, 7, 8, 9]]
     adapters = [None, weights, weights]
     cache = SlotCache(slots=3, max_context=64)
-    decoder.prefill(cache, [row[:-1] for row in rows], adapters, first=0)
-    plan = StackedRows(adapters, Stack([weights]), decoder.device)
-    got = decoder.decode(cache, [row[-1] for row in rows], [len(row) - 1 for row in rows], plan)
+    copies = Copies()
+    copies.hold(adapters)
+    plans = [StackedRows(adapters, Stack([weights]), decoder.device), CopiedRows(adapters, copies)]
+    both = []
+    for plan in plans:
+        decoder.prefill(cache, [row[:-1] for row in rows], adapters, first=0)
+        both.append(decoder.decode(cache, [row[-1] for row in rows], [len(row) - 1 for row in rows], plan))
     with adapted.disable_adapter():
         wanted = [adapted(torch.tensor([rows[0]])).logits[0, -1]]
     wanted += [adapted(torch.tensor([row])).logits[0, -1] for row in rows[1:]]
-    torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)
+    for got in both:
+        torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
 def test_a_sliding_window_bounds_the_context() -> None:
@@ -128,21 +134,39 @@ def test_encoder_decoders_are_refused() -> None:
 
 
 @torch.inference_mode()
-def test_segments_and_stacks_add_the_same_deltas() -> None:
+def test_every_plan_adds_the_same_deltas_as_rows_come_and_go() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Sequential(torch.nn.Linear(6, 5))
     mixer = Mixer(linear)
     adapters = [AdapterWeights({"0": (torch.randn(rank, 6), torch.randn(rank, 5))}) for rank in (1, 3, 4)]
-    rows = [adapters[0], None, adapters[2], adapters[1], adapters[2], AdapterWeights({})]
-    x = torch.randn(6, 2, 6)
-    with mixer.running(Segments(rows)):
-        segmented = linear(x)
-    with mixer.running(StackedRows(rows, Stack([*adapters, rows[5]]), x.device)):  # type: ignore[list-item]
-        stacked = linear(x)
-    plain = linear(x)
-    torch.testing.assert_close(segmented, stacked)
-    torch.testing.assert_close(stacked[1], plain[1])
-    for n, row in enumerate(rows):
-        if row and row.layers:
-            a, b = row.layers["0"]
-            torch.testing.assert_close(stacked[n], plain[n] + x[n] @ a.T @ b)
+    empty = AdapterWeights({})
+    batches: list[list[AdapterWeights | None]] = [
+        [adapters[0], None],
+        [adapters[0], None, adapters[2], adapters[1], adapters[2], empty],
+        [adapters[1], empty, adapters[0]],
+        [None, adapters[2], adapters[0], adapters[0]],
+    ]
+    copies = Copies()
+    for rows in batches:
+        x = torch.randn(len(rows), 1, 6)
+        copies.hold(rows)
+        held = [*adapters, empty]
+        plans = [Segments(rows), StackedRows(rows, Stack(held), x.device), CopiedRows(rows, copies)]
+        for plan in plans:
+            with mixer.running(plan):
+                got = linear(x)
+                flat = linear(x[:, 0])
+            torch.testing.assert_close(flat, got[:, 0])
+            for n, row in enumerate(rows):
+                delta = x[n] @ row.layers["0"][0].T @ row.layers["0"][1] if row and row.layers else 0
+                torch.testing.assert_close(got[n], linear(x)[n] + delta)
+
+
+@torch.inference_mode()
+def test_few_adapters_are_stacked_and_many_are_copied() -> None:
+    adapters = [AdapterWeights({"0": (torch.randn(4, 6), torch.randn(4, 5))}) for _ in range(9)]
+    planner = Planner(torch.device("cpu"))
+    kinds = [type(planner.plan(adapters[:n])) for n in (0, 1, 4, 5, 9, 4)]
+    assert kinds == [Segments, StackedRows, StackedRows, CopiedRows, CopiedRows, StackedRows]
+    rows = [*adapters[:5], None]
+    assert planner.plan(rows) is planner.plan(list(rows))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from serving.base import Engine, Served
+from serving.engine.decoding import Stack, StackedRows
 from serving.engine.generation import Generation
-from serving.engine.lora import Stack, StackedRows
 from serving.engine.row import Ended, Event, Row, TextPiece, cancel
 from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
