@@ -85,6 +85,8 @@ class PrefixCache:
             path.append(parent)
         self._mark(path)
         self._store.save([node.place for node in path[known:]], slot=slot, first=known)
+        if len(self._used) == self._max_blocks:  # others may have lost their last block
+            self._roots = {digest: root for digest, root in self._roots.items() if root.children}
 
     def _path(self, key: str | None, tokens: Sequence[int]) -> list[_Node]:
         """The blocks that `tokens` begin with."""
@@ -110,8 +112,6 @@ class PrefixCache:
         assert oldest.parent is not None
         assert not oldest.children
         del oldest.parent.children[oldest.tokens]
-        if oldest.parent.parent is None and not oldest.parent.children:
-            self._roots = {key: root for key, root in self._roots.items() if root.children}
         return oldest.place
 
 

@@ -14,7 +14,7 @@ from hone.base_model import find_base_model
 from hone.manifest import AdapterManifest
 from hone.registry import Registry
 from hone.storage import Home
-from serving.base import Engine, load_engine
+from serving.base import Engine, Served, load_engine
 from serving.loading import AdapterLoader
 from tests.serving_fixtures import publish, reload_peft
 from tests.unit.serving.rooms import CASES, WHOLE, Room, answering
@@ -84,6 +84,11 @@ def engine(chat_shelf: Shelf) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def loader(chat_shelf: Shelf, engine: Engine) -> AdapterLoader:
     return AdapterLoader(chat_shelf.registry, engine)
+
+
+@pytest.fixture(scope="session")
+def everyone(engine: Engine, loader: AdapterLoader, chat_shelf: Shelf) -> dict[str, Served]:
+    return {"base": engine.base, **{name: loader.load(manifest) for name, manifest in chat_shelf.manifests.items()}}
 
 
 @pytest.fixture(scope="session")

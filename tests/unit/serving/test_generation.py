@@ -1,7 +1,7 @@
 """The slot engine against transformers' own generate, one adapter at a time."""
 
+import time
 from random import Random
-from typing import Any
 
 import pytest
 import torch
@@ -9,100 +9,31 @@ import torch
 from serving.base import Engine, Served
 from serving.engine.decoding import Stack, StackedRows
 from serving.engine.generation import Generation
-from serving.engine.row import Ended, Event, Row, TextPiece, cancel
-from serving.engine.sampling import make_chooser
-from serving.engine.text import TextStream
-from serving.errors import EngineError
-from serving.loading import AdapterLoader
-from tests.serving_fixtures import greedy_alone
+from serving.engine.row import Ended, cancel
+from serving.errors import DeadlineError, EngineError
 from tests.unit.serving.conftest import Shelf
-
-TOKENS = 24
-
-
-class Recorder:
-    """Collects a row's events, and the tokens behind its text."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    @property
-    def text(self) -> str:
-        return "".join(event.text for event in self.events if isinstance(event, TextPiece))
-
-    @property
-    def ended(self) -> Ended | None:
-        return next((event for event in self.events if isinstance(event, Ended)), None)
-
-
-def row(
-    served: Served, prompt: list[int], *, max_tokens: int = TOKENS, ends: bool = True, stop: tuple[str, ...] = (), **sampling: Any
-) -> Row:
-    chooser = make_chooser(**{"temperature": 0.0, "top_p": 1.0, "seed": None, "choice": 0} | sampling)
-    return Row(
-        prompt=prompt,
-        adapter=served.weights,
-        chooser=chooser,
-        text=TextStream(served.processor, stop),
-        end_ids=served.end_ids if ends else frozenset(),
-        max_tokens=max_tokens,
-        emit=Recorder().events.append,
-    )
-
-
-def tokens_of(row: Row) -> list[int]:
-    return row.made[:-1] if row.made[-1] in row.end_ids else row.made
-
-
-def recorder(row: Row) -> Recorder:
-    found = Recorder()
-    row.emit = found.events.append
-    return found
-
-
-def run(generation: Generation) -> None:
-    with torch.inference_mode():
-        while generation.step():
-            pass
+from tests.unit.serving.rows import TOKENS, prompt, recorder, reference, row, run, step, tokens_of
 
 
 @pytest.fixture
 def generation(engine: Engine) -> Generation:
-    """A generation of the test's own, stepped by hand (the engine's thread is idle meanwhile)."""
-    assert engine.parts.decoder is not None
-    return Generation(engine.parts.decoder, max_rows=4, max_context=engine.max_context)
+    return generation_of(engine)
 
 
-@pytest.fixture(scope="session")
-def everyone(engine: Engine, loader: AdapterLoader, chat_shelf: Shelf) -> dict[str, Served]:
-    return {"base": engine.base, **{name: loader.load(manifest) for name, manifest in chat_shelf.manifests.items()}}
-
-
-def prompt(random: Random, length: int) -> list[int]:
-    return [random.randrange(3, 380) for _ in range(length)]
-
-
-def reference(shelf: Shelf, name: str, prompt: list[int], *, end_ids: frozenset[int], tokens: int = TOKENS) -> list[int]:
-    model = next(iter(shelf.peft.values())) if name == "base" else shelf.peft[name]
-    if name == "base":
-        with model.disable_adapter():
-            return greedy_alone(model, prompt, tokens=tokens, end_ids=sorted(end_ids))
-    return greedy_alone(model, prompt, tokens=tokens, end_ids=sorted(end_ids))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_greedy_tokens_are_those_of_each_adapter_alone_whenever_rows_join(
-    generation: Generation, everyone: dict[str, Served], chat_shelf: Shelf, seed: int
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_tokens_are_those_of_each_adapter_alone_whenever_rows_join_and_however_prompts_are_cut(
+    engine: Engine, everyone: dict[str, Served], chat_shelf: Shelf, seed: int
 ) -> None:
     random = Random(seed)
-    names = [*everyone, *random.choices(list(everyone), k=5)]
+    generation = generation_of(engine, prefill_tokens=random.choice([1, 7, 24, 100]), prefix_tokens=random.choice([0, 64, 10_000]))
+    names = [*everyone, *random.choices(list(everyone), k=9)]
     random.shuffle(names)
-    rows = [
-        row(everyone[name], prompt(random, random.randrange(1, 40)), max_tokens=random.randrange(3, TOKENS), ends=False) for name in names
-    ]
+    beginnings = [prompt(random, 32) for _ in range(2)]
+    prompts = [random.choice([[], *beginnings]) + prompt(random, random.randrange(1, 40)) for _ in names]
+    rows = [row(everyone[name], ids, max_tokens=random.randrange(1, TOKENS), ends=False) for name, ids in zip(names, prompts, strict=True)]
     waiting = list(rows)
     with torch.inference_mode():
-        while waiting or generation.running:
+        while waiting or generation.running or generation.waiting:
             joining, waiting = waiting[: (k := random.randrange(3))], waiting[k:]
             generation.add(joining)
             generation.step()
@@ -111,10 +42,49 @@ def test_greedy_tokens_are_those_of_each_adapter_alone_whenever_rows_join(
         assert tokens_of(served_row) == wanted, name
 
 
+def test_a_long_prompt_does_not_hold_up_the_answers_of_others(engine: Engine, everyone: dict[str, Served], chat_shelf: Shelf) -> None:
+    generation = generation_of(engine, prefill_tokens=8)
+    random = Random(11)
+    others = [row(everyone[name], prompt(random, 4), ends=False, max_tokens=30) for name in ("narrow", "wide")]
+    generation.add(others)
+    step(generation)
+    long = row(everyone["mixed"], prompt(random, 100), ends=False)
+    generation.add([long])
+    for steps in range(1, 13):
+        before = [len(other.made) for other in others]
+        step(generation)
+        assert long.read == 8 * steps
+        assert not long.made
+        assert [len(other.made) for other in others] == [made + 1 for made in before], "one token a step, whatever is being read"
+    run(generation)
+    for name, each in (("narrow", others[0]), ("wide", others[1]), ("mixed", long)):
+        assert tokens_of(each) == reference(chat_shelf, name, list(each.prompt), end_ids=frozenset(), tokens=each.max_tokens), name
+
+
+def test_rows_that_leave_make_room_for_the_one_that_is_being_read(engine: Engine, everyone: dict[str, Served], chat_shelf: Shelf) -> None:
+    generation = generation_of(engine, prefill_tokens=8)
+    random = Random(12)
+    short = [row(everyone[name], prompt(random, 4), ends=False, max_tokens=n + 1) for n, name in enumerate(("narrow", "wide", "base"))]
+    long = row(everyone["mixed"], prompt(random, 60), ends=False)
+    run(generation, [*short, long])
+    for name, each in (("narrow", short[0]), ("wide", short[1]), ("base", short[2]), ("mixed", long)):
+        assert tokens_of(each) == reference(chat_shelf, name, list(each.prompt), end_ids=frozenset(), tokens=each.max_tokens), name
+
+
 def test_adapters_change_the_answer(everyone: dict[str, Served], chat_shelf: Shelf) -> None:
     ids = prompt(Random(0), 12)
     answers = {tuple(reference(chat_shelf, name, ids, end_ids=frozenset())) for name in everyone}
     assert len(answers) == len(everyone), "the equality test proves nothing where adapters agree"
+
+
+def test_the_size_of_pieces_does_not_change_a_seeded_text(engine: Engine, everyone: dict[str, Served]) -> None:
+    ids = prompt(Random(21), 40)
+    answers = []
+    for size in (1, 9, 512):
+        seeded = row(everyone["wide"], ids, seed=5, temperature=1.2, top_p=0.95, ends=False)
+        run(generation_of(engine, prefill_tokens=size), [seeded])
+        answers.append(tokens_of(seeded))
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_an_answer_ends_at_the_end_of_turn_token(generation: Generation, everyone: dict[str, Served], chat_shelf: Shelf) -> None:
@@ -177,6 +147,46 @@ def test_a_cancelled_row_leaves_its_slot_and_the_others_go_on(
     assert heard.ended is None
     for n, name in ((0, "narrow"), (2, "mixed"), (3, "base"), (4, "patterned")):
         assert tokens_of(rows[n]) == reference(chat_shelf, name, list(rows[n].prompt), end_ids=frozenset()), name
+
+
+def test_a_row_is_dropped_wherever_it_is_once_nobody_waits(engine: Engine, everyone: dict[str, Served], chat_shelf: Shelf) -> None:
+    generation = generation_of(engine, prefill_tokens=8)
+    random = Random(13)
+    rows = [
+        row(everyone["wide"], prompt(random, 4), ends=False),
+        *(row(everyone["wide"], prompt(random, 60), ends=False) for _ in range(2)),
+    ]
+    heard = [recorder(each) for each in rows]
+    generation.add(rows)
+    step(generation)
+    step(generation)
+    assert (len(rows[0].made), rows[1].read, generation.running, generation.waiting) == (3, 8, 2, 1)
+    cancel(rows)
+    before = [len(each.events) for each in heard]
+    step(generation)
+    assert (generation.running, generation.waiting) == (0, 0)
+    assert [len(each.events) for each in heard] == before
+    after = row(everyone["narrow"], prompt(random, 30), ends=False)
+    run(generation, [after])
+    assert tokens_of(after) == reference(chat_shelf, "narrow", list(after.prompt), end_ids=frozenset())
+
+
+def test_a_deadline_that_has_passed_ends_a_row_wherever_it_is_with_an_error(engine: Engine, everyone: dict[str, Served]) -> None:
+    generation = generation_of(engine, prefill_tokens=8)
+    random = Random(14)
+    rows = [row(everyone["wide"], prompt(random, length), ends=False, deadline=time.monotonic() + 3600) for length in (4, 60, 60)]
+    heard = [recorder(each) for each in rows]
+    other = row(everyone["wide"], prompt(random, 5), ends=False)
+    generation.add([*rows, other])
+    step(generation)
+    step(generation)
+    for each in rows:
+        each.deadline = time.monotonic()
+    run(generation)
+    assert all(isinstance(each.events[-1], DeadlineError) for each in heard)
+    assert [sum(isinstance(event, DeadlineError) for event in each.events) for each in heard] == [1, 1, 1]
+    assert "after 3 tokens" in heard[0].events[-1].message  # type: ignore[union-attr]
+    assert len(tokens_of(other)) == TOKENS
 
 
 def test_answers_may_fill_the_whole_context(generation: Generation, everyone: dict[str, Served], chat_shelf: Shelf) -> None:
@@ -244,3 +254,9 @@ def test_a_stop_string_ends_the_text_before_it(generation: Generation, everyone:
     assert heard.ended is not None
     assert heard.ended.reason == "stop"
     assert heard.ended.tokens < TOKENS
+
+
+def generation_of(engine: Engine, **settings: int) -> Generation:
+    """A generation of the test's own, stepped by hand (the engine's thread is idle meanwhile)."""
+    assert engine.parts.decoder is not None
+    return Generation(engine.parts.decoder, max_rows=4, max_context=engine.max_context, **settings)
