@@ -6,11 +6,14 @@ of it, between two forward passes on the model's thread. So no running row holds
 counts who uses what.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from serving.engine.cache import BlockStore, SlotCache
+
+logger = logging.getLogger("ray.serve")
 
 BLOCK = 16
 """Tokens of one block."""
@@ -84,7 +87,12 @@ class PrefixCache:
             self._used[parent] = None
             path.append(parent)
         self._mark(path)
-        self._store.save([node.place for node in path[known:]], slot=slot, first=known)
+        try:
+            self._store.save([node.place for node in path[known:]], slot=slot, first=known)
+        except RuntimeError:  # no memory for more: what the tree promises must be there, so it starts anew
+            logger.warning("no memory for %d blocks of earlier prompts; all %d are dropped", len(path) - known, len(self._used))
+            self._roots, self._used = {}, OrderedDict()
+            self._store = BlockStore(self._cache, block=BLOCK)
         if len(self._used) == self._max_blocks:  # others may have lost their last block
             self._roots = {digest: root for digest, root in self._roots.items() if root.children}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from serving.base import Served
+from serving.base import Engine, Served
 from serving.engine.fairness import EVERYONE, Tenant
 from serving.engine.generation import Generation
 from serving.engine.row import Ended, Event, Row, TextPiece, TokenScore
@@ -96,3 +96,9 @@ def reference(shelf: Shelf, name: str, prompt: list[int], *, end_ids: frozenset[
         with model.disable_adapter():
             return greedy_alone(model, prompt, tokens=tokens, end_ids=sorted(end_ids))
     return greedy_alone(model, prompt, tokens=tokens, end_ids=sorted(end_ids))
+
+
+def generation_of(engine: Engine, *, max_rows: int = 4, **settings: int) -> Generation:
+    """A generation of the test's own, stepped by hand (the engine's thread is idle meanwhile)."""
+    assert engine.parts.decoder is not None
+    return Generation(engine.parts.decoder, max_rows=max_rows, max_context=engine.max_context, **settings)

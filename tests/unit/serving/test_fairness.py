@@ -8,8 +8,7 @@ import pytest
 
 from serving.base import Engine, Served
 from serving.engine.fairness import FairQueue, Tenant
-from serving.engine.generation import Generation
-from tests.unit.serving.rows import prompt, row, run, step
+from tests.unit.serving.rows import generation_of, prompt, row, run, step
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ def test_a_weight_is_above_zero(weight: float) -> None:
 
 
 def test_a_tenant_with_few_requests_does_not_wait_behind_one_with_many(engine: Engine, everyone: dict[str, Served]) -> None:
-    assert engine.parts.decoder is not None
-    generation = Generation(engine.parts.decoder, max_rows=2, max_context=engine.max_context)
+    generation = generation_of(engine, max_rows=2)
     random = Random(0)
     many = [row(everyone["wide"], prompt(random, 10), max_tokens=10, ends=False, tenant=Tenant("many")) for _ in range(20)]
     few = [row(everyone["base"], prompt(random, 10), max_tokens=10, ends=False, tenant=Tenant("few")) for _ in range(3)]

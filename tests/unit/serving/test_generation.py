@@ -12,7 +12,7 @@ from serving.engine.generation import Generation
 from serving.engine.row import Ended, cancel
 from serving.errors import DeadlineError, EngineError
 from tests.unit.serving.conftest import Shelf
-from tests.unit.serving.rows import TOKENS, prompt, recorder, reference, row, run, step, tokens_of
+from tests.unit.serving.rows import TOKENS, generation_of, prompt, recorder, reference, row, run, step, tokens_of
 
 
 @pytest.fixture
@@ -254,9 +254,3 @@ def test_a_stop_string_ends_the_text_before_it(generation: Generation, everyone:
     assert heard.ended is not None
     assert heard.ended.reason == "stop"
     assert heard.ended.tokens < TOKENS
-
-
-def generation_of(engine: Engine, **settings: int) -> Generation:
-    """A generation of the test's own, stepped by hand (the engine's thread is idle meanwhile)."""
-    assert engine.parts.decoder is not None
-    return Generation(engine.parts.decoder, max_rows=4, max_context=engine.max_context, **settings)
