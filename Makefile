@@ -63,13 +63,15 @@ test-matrix: install  ## Every pair of task and method under ZeRO-0, 2 and 3 on 
 	HONE_TEST_MATRIX=all $(BIN)/python -m pytest tests/integration/test_zero_matrix.py --timeout 3000
 
 test-heavy: install  ## Runs killed twenty times, Ray nodes that are drained, die and join, and 64 workers at once (about 25 minutes)
-	HONE_TEST_HEAVY=1 $(BIN)/python -m pytest tests/integration/test_kills.py tests/integration/test_nodes.py tests/integration/test_placement.py --timeout 3000
+	HONE_TEST_HEAVY=1 $(BIN)/python -m pytest tests/integration/test_kills.py tests/integration/test_nodes.py tests/integration/test_placement.py tests/integration/test_hosts.py --timeout 3000
 
-bench: install  ## Measure step time against torchrun, a new version's first answer, planned memory, and accuracy on real data
+bench: install  ## Measure step time, new versions, memory against the plan, accuracy, and the engine
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.new_version
 	$(BIN)/python -m benchmarks.plan_memory
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.decode_plans
 
 bench-methods: install  ## Measure every method on one data set, forgetting with and without guards, and transfer
 	$(BIN)/python -m benchmarks.methods

@@ -48,6 +48,7 @@ def tables() -> str:
         "restart": _restart,
         "checkpoints": _checkpoints,
         "plan_memory": _plan_memory,
+        "engine": _engine,
     }
     found = [(name, RESULTS / f"{name}.json") for name in makers]
     return "\n\n".join(makers[name](json.loads(path.read_text())) for name, path in found if path.exists())
@@ -88,6 +89,21 @@ def _checkpoints(result: dict[str, Any]) -> str:
     ]
     title = f"**A checkpoint of weights and moments every {notes['checkpoint_every']} steps of full fine-tuning**"
     return "\n".join([title, "", "| | median (spread) |", "| --- | --- |", *rows, "", _footer(result)])
+
+
+def _engine(result: dict[str, Any]) -> str:
+    rows = [
+        f"| {length} | {f['engine']['median']:,.0f} | {_spread(f['to_peft_mixed'])} | {_spread(f['to_one_after_another'])} "
+        f"| {_spread(f['to_engine_without_adapters'])} |"
+        for length, f in result["figures"].items()
+    ]
+    notes = result["notes"]
+    header = [
+        "| tokens of each prompt | tokens a second | times PEFT's mixed batch | times one adapter after another | times the engine on the base |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    title = f"**{notes['rows']} answers at once, of {notes['adapters']} LoRA adapters: the slot engine (ratios: median and spread)**"
+    return "\n".join([title, "", *header, *rows, "", _footer(result)])
 
 
 def _preparing(result: dict[str, Any]) -> str:
