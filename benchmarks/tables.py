@@ -99,7 +99,7 @@ def _engine(result: dict[str, Any]) -> str:
     ]
     notes = result["notes"]
     header = [
-        "| tokens of each prompt | tokens a second | times PEFT's mixed batch | times one adapter after another | times the engine on the base |",
+        "| prompt tokens | tokens a second | times PEFT's mixed batch | times one adapter after another | times the engine on the base |",
         "| --- | --- | --- | --- | --- |",
     ]
     title = f"**{notes['rows']} answers at once, of {notes['adapters']} LoRA adapters: the slot engine (ratios: median and spread)**"

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from hone.registry import Registry
 from hone.storage import Home
-from serving.calls import ChatCall, Classified, ClassifyCall, CompletionCall, Event, Failed, Status
+from serving.calls import ChatCall, Classified, ClassifyCall, CompletionCall, EmbedCall, Embedded, Event, Failed, Status
 from serving.catalog import BaseDescription
 from serving.engine.generation import PREFILL_TOKENS
 from serving.ingress import BusyError, make_app
@@ -134,6 +134,10 @@ class ServeBackend:
 
     async def classify(self, call: ClassifyCall) -> Classified | Failed:
         result: Classified | Failed = await self._ask("classify", call)
+        return result
+
+    async def embed(self, call: EmbedCall) -> Embedded | Failed:
+        result: Embedded | Failed = await self._ask("embed", call)
         return result
 
     async def _ask(self, method: str, *args: Any) -> Any:

@@ -24,7 +24,7 @@ from serving.engine.capability import context_of, probe
 from serving.engine.classifier import Classification
 from serving.engine.decoder import Decoder
 from serving.engine.generation import PREFILL_TOKENS, Generation
-from serving.engine.heads import EncoderHeads, Heads, MixedHeads, OwnHeads, TrunkHeads
+from serving.engine.heads import EncoderHeads, Heads, MeanHidden, MixedHeads, OwnHeads, TrunkHeads
 from serving.engine.lora import AdapterWeights, Mixer
 from serving.engine.thread import ModelThread, Work
 from serving.kinds import TASKS_OF, Kind, generates, is_causal, kind_of, load_processor, medium_of, own_task
@@ -74,6 +74,8 @@ class Parts:
     """Continuous batching, of decoders alone."""
     heads: Mapping[str, MixedHeads] = field(default_factory=dict)
     """By task, for those of which rows of different adapters share a batch."""
+    embedding: Heads | None = None
+    """What makes vectors of texts, of encoders that are mixed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +229,9 @@ def _encoder_parts(base: BaseModel, kind: Kind, task: TaskName, model: Any, inpu
             mixed |= {name: heads} if heads.can_mix() else {}
     if not mixed:
         logger.info("%s does not compute row by row, so each adapter of it gets a copy", type(model).__name__)
-    return Parts(context, mixer, heads=mixed)
+    embeds = kind == "encoder" and task in mixed
+    embedding = MeanHidden(model.base_model, mixer, TASKS["text-classification"], inputs) if embeds else None
+    return Parts(context, mixer, heads=mixed, embedding=embedding)
 
 
 def _trunk_heads(trunk: Any, mixer: Mixer, inputs: Inputs, *, own: Mapping[str, Any] | None = None) -> dict[str, MixedHeads]:

@@ -70,11 +70,20 @@ class ClassifyCall:
     inputs: list[str | Media]
 
 
-Call = ChatCall | CompletionCall | ClassifyCall
+@dataclass(frozen=True)
+class EmbedCall:
+    """A vector of each text, or list of token ids."""
+
+    model: str
+    inputs: list[str | list[int]]
+
+
+Call = ChatCall | CompletionCall | ClassifyCall | EmbedCall
 ROUTES: dict[type[Call], str] = {
     ChatCall: TASKS["chat"].route,
     CompletionCall: TASKS["completion"].route,
     ClassifyCall: TASKS["text-classification"].route,
+    EmbedCall: "/v1/embeddings",
 }
 """Where each kind of call comes in."""
 
@@ -160,6 +169,17 @@ class Classified:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """A vector of length 1 per input."""
+
+    served: str
+    digest: str
+    vectors: list[list[float]]
+    tokens: int
+    """Of all texts together."""
+
+
+@dataclass(frozen=True)
 class Status:
     """How busy a replica is."""
 
@@ -189,3 +209,5 @@ class Backend(Protocol):
         ...
 
     async def classify(self, call: ClassifyCall) -> Classified | Failed: ...
+
+    async def embed(self, call: EmbedCall) -> Embedded | Failed: ...

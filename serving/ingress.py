@@ -17,8 +17,8 @@ from hone.registry import Registry
 from serving.calls import Answer, Backend, ChatCall, Classified, CompletionCall, Done, Event, Failed, Number, Piece, Scores, Started
 from serving.catalog import Catalog
 from serving.errors import RequestError
-from serving.schemas import ChatRequest, ClassifyRequest, CompletionRequest, GenerateRequest
-from serving.shapes import ChatShape, CompletionShape, Shape
+from serving.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingsRequest, GenerateRequest
+from serving.shapes import ChatShape, CompletionShape, Shape, embeddings_list
 
 BODY_AT_MOST = 32 * 2**20
 """Bytes of a request."""
@@ -75,6 +75,13 @@ def make_app(backend: Backend, registry: Registry) -> FastAPI:
         if isinstance(result, Failed):
             raise result.error
         return JSONResponse(_classification(result), headers={"x-hone-adapter": result.served})
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingsRequest) -> Any:
+        result = await backend.embed(body.call())
+        if isinstance(result, Failed):
+            raise result.error
+        return JSONResponse(embeddings_list(result, as_base64=body.encoding_format == "base64"), headers={"x-hone-adapter": result.served})
 
     return app
 

@@ -17,6 +17,7 @@ from models.tasks.token_classification import word_tokens
 from serving.base import Served
 from serving.calls import Answer, ChatCall, CompletionCall, Media, Number, Sampling, Scores, Word
 from serving.engine.classifier import Asked
+from serving.engine.heads import Heads
 from serving.errors import RequestError
 from serving.kinds import medium_of
 
@@ -75,6 +76,19 @@ class Reader:
             RequestError: an input that this model does not read, that is empty, broken, or too long.
         """
         return [self._question(served, value, f"input[{n}]") for n, value in enumerate(inputs)]
+
+    def texts(self, served: Served, inputs: Sequence[str | list[int]], heads: Heads) -> list[Asked]:
+        """What is to become vectors.
+
+        Raises:
+            RequestError: an input is empty or too long, or names tokens that there are not.
+        """
+        asked = []
+        for value in inputs:
+            ids = self._tokens(served, value, "input")
+            _refuse_unfit(served, ids)
+            asked.append(Asked({"input_ids": ids, "labels": None}, len(ids), heads, served.weights, Future()))
+        return asked
 
     def _question(self, served: Served, value: str | Media, where: str) -> Question:
         wanted, given = medium_of(served.task), "text" if isinstance(value, str) else value.kind

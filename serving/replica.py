@@ -28,6 +28,8 @@ from serving.calls import (
     ClassifyCall,
     CompletionCall,
     Done,
+    EmbedCall,
+    Embedded,
     Event,
     Failed,
     Piece,
@@ -176,13 +178,28 @@ class Replica:
         except RequestError as error:
             return Failed(error)
 
+    async def embed(self, call: EmbedCall) -> Embedded | Failed:
+        """See `Backend.embed`."""
+        try:
+            async with await self._served(call) as served:
+                heads = self._engine.parts.embedding
+                if heads is None or (served.weights is None and served is not self._engine.base):
+                    raise RequestError(f"{served.name} makes no vectors of texts; call an encoder, or a LoRA adapter of one", "model")
+                asked = await asyncio.to_thread(self._reader.texts, served, call.inputs, heads)
+                self._engine.thread.call(lambda: self._engine.classification.add(asked))
+                vectors = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
+                return Embedded(served.name, served.digest, [vector.tolist() for vector in vectors], sum(each.cost for each in asked))
+        except RequestError as error:
+            return Failed(error)
+
     async def _served(self, call: Call) -> AbstractAsyncContextManager[Served]:
         """The base or the adapter that a call names, pinned in memory inside the block."""
         manifest = await asyncio.to_thread(self._catalog.find, call.model)
         base = self._engine.base
         name, task = (str(manifest.ref), manifest.task) if manifest else (base.name, base.task)
-        is_for_head = manifest is None and isinstance(call, ClassifyCall)  # the base says itself that it has none
-        if ROUTES[type(call)] not in routes_of(task) and not is_for_head:
+        # The base says itself that it has no head, and `embed` what has no vectors.
+        is_told_later = isinstance(call, EmbedCall) or (manifest is None and isinstance(call, ClassifyCall))
+        if ROUTES[type(call)] not in routes_of(task) and not is_told_later:
             raise RequestError(f"{name} is for {task} and does not answer here; POST {TASKS[task].route}", "model")
         if manifest is None:
             return nullcontext(base)

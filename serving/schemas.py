@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from serving.calls import ChatCall, ClassifyCall, CompletionCall, Media, Sampling
+from serving.calls import ChatCall, ClassifyCall, CompletionCall, EmbedCall, Media, Sampling
 from serving.errors import RequestError
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -195,16 +195,29 @@ class CompletionRequest(GenerateRequest):
     @field_validator("prompt", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        is_one = isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value))
-        prompts = [value] if is_one else value
-        if not isinstance(prompts, list) or not all(isinstance(p, str) or _is_tokens(p) for p in prompts):
-            raise ValueError("a prompt is a text, a list of texts, a list of token ids, or a list of such lists")
-        return [_encodable(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return _texts_or_tokens(value, "a prompt")
 
     def call(self) -> CompletionCall:
         # OpenAI's completions stop after 16 tokens where nothing is said.
         limit = 16 if self.max_tokens is None else self.max_tokens
         return CompletionCall(self.model, self.prompt, self.n or 1, self.sampling(limit, logprobs=self.logprobs))
+
+
+class EmbeddingsRequest(Request):
+    """POST /v1/embeddings."""
+
+    input: list[str | list[int]] = Field(min_length=1, max_length=ROWS_AT_MOST)
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: None = None
+    """Vectors are as long as the encoder's are."""
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return _texts_or_tokens(value, "an input")
+
+    def call(self) -> EmbedCall:
+        return EmbedCall(self.model, self.input)
 
 
 class ClassifyRequest(Request):
@@ -244,6 +257,14 @@ def _decoded(text: Any, where: str) -> bytes:
     if not content:
         raise RequestError(f"{where} is not base64 of a file, nor a data: URI of it; addresses and paths are not read", where)
     return content
+
+
+def _texts_or_tokens(value: Any, what: str) -> list[str | list[int]]:
+    is_one = isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value))
+    several = [value] if is_one else value
+    if not isinstance(several, list) or not all(isinstance(each, str) or _is_tokens(each) for each in several):
+        raise ValueError(f"{what} is a text, a list of texts, a list of token ids, or a list of such lists")
+    return [_encodable(each) if isinstance(each, str) else each for each in several]
 
 
 def _is_tokens(value: Any) -> bool:

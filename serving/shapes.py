@@ -1,10 +1,12 @@
-"""Answers as OpenAI writes them: whole and in pieces, chats and completions, each with its own form of log probabilities."""
+"""Answers as OpenAI writes them: chats and completions, whole and in pieces, each with its own form of log probabilities; vectors."""
 
+import base64
+import struct
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from serving.calls import Piece
+from serving.calls import Embedded, Piece
 from serving.engine.row import TokenScore
 
 LEAST = -9999.0
@@ -70,6 +72,20 @@ class CompletionShape:
 
 
 Shape = ChatShape | CompletionShape
+
+
+def embeddings_list(embedded: Embedded, *, as_base64: bool) -> dict[str, Any]:
+    """Vectors as numbers, or as the little-endian float32 bytes that OpenAI's client asks for by itself."""
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if as_base64 else vector,
+        }
+        for index, vector in enumerate(embedded.vectors)
+    ]
+    usage = {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens}
+    return {"object": "list", "data": data, "model": embedded.served, "usage": usage}
 
 
 def _scored(score: TokenScore) -> dict[str, Any]:

@@ -143,6 +143,23 @@ class EncoderHeads(MixedHeads):
         return module
 
 
+class MeanHidden(Heads):
+    """Not a class but a vector of each text: the mean of the trunk's last hidden states over its tokens, of length 1 as OpenAI's are."""
+
+    def __init__(self, trunk: Any, mixer: Mixer, task: Task, inputs: Inputs) -> None:
+        super().__init__(trunk, task, inputs)
+        self._trunk = trunk
+        self._mixer = mixer
+
+    def logits(self, batch: Batch, adapters: Rows) -> Tensor:
+        """float32 [rows, hidden size]."""
+        inputs = self._placed(batch)
+        with self._mixer.running(Segments(list(adapters))):
+            hidden: Tensor = self._trunk(**inputs).last_hidden_state.float()
+        is_text = inputs["attention_mask"][..., None].bool()
+        return nn.functional.normalize(hidden.where(is_text, 0).sum(1), dim=-1)  # the sum has the mean's direction
+
+
 class OwnHeads(Heads):
     """A model by itself: a copy of the base with an adapter that cannot be mixed, or a base that nothing can be mixed on."""
 

@@ -1,6 +1,7 @@
 """The model's thread: calls run between steps, and nobody waits for a thread that has ended."""
 
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -13,7 +14,7 @@ from serving.engine.row import Event, Row, cancel
 from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
 from serving.engine.thread import ModelThread
-from serving.errors import EngineError
+from serving.errors import DeadlineError, EngineError
 
 
 class Counting:
@@ -118,3 +119,14 @@ def test_a_cancelled_answer_of_a_model_of_its_own_is_forgotten() -> None:
     cancel(rows)
     assert not alone.step()
     assert (alone.running, alone.waiting, list(heard)) == (0, 0, [])
+
+
+def test_an_answer_of_a_model_of_its_own_is_given_up_at_its_deadline() -> None:
+    alone = Alone(torch.device("cpu"))
+    heard: deque[Event] = deque()
+    rows = [row(heard.append) for _ in range(AT_ONCE + 1)]
+    for each in rows:
+        each.deadline = time.monotonic()
+    alone.add(LostModel(), rows)
+    assert not alone.step()
+    assert [type(event) for event in heard] == [DeadlineError] * (AT_ONCE + 1)
