@@ -68,6 +68,8 @@ class Attempt(BaseModel):
     passed_over: list[str] = []
     """Why newer checkpoints were not used."""
     world_size: int
+    sequence_parallel_size: int = 1
+    """So many ranks after another saw the same rows, each a slice of them."""
     workers: list[str] = []
     """Host and process of each rank."""
     started_at: datetime = Field(default_factory=lambda: datetime.now(UTC))

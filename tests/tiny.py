@@ -50,6 +50,32 @@ def make_llama(folder: Path, *, seed: int = 0, hidden_size: int = 32, max_positi
     return folder
 
 
+def make_decoder(folder: Path, kind: str, **settings: Any) -> Path:
+    """A random two-layer decoder of some architecture, with grouped-query attention."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,
+        **settings,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def make_bert(folder: Path, *, seed: int = 0) -> Path:
     """A random two-layer BERT encoder without a head."""
     from transformers import BertConfig, BertModel

@@ -46,7 +46,7 @@ class Doomed(TorchrunWorker):
         return self._left <= 1
 
 
-def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float, workers: int = 2, steps: int = 0) -> None:
+def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float, workers: int = 2, steps: int | Sequence[int] = 0) -> None:
     """Train the jobs; `failure` of each says how it ended.
 
     Args:
@@ -54,9 +54,11 @@ def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float, workers: int
         jobs: What to train.
         timeout_s: For all of them.
         workers: How many.
-        steps: After so many the workers of each job are gone, with one step's notice; by default they stay to the end.
+        steps: After so many the workers of each job are gone, with one step's notice; by default they stay to the end. One for all jobs,
+            or one for each.
     """
-    (root / "cases.json").write_text(json.dumps({"folders": [str(job.folder) for job in jobs], "steps": steps}))
+    each = [steps] * len(jobs) if isinstance(steps, int) else list(steps)
+    (root / "cases.json").write_text(json.dumps({"folders": [str(job.folder) for job in jobs], "steps": each}))
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, "-W", "ignore", "-m", "tests.zero_matrix", str(root)]
     started = []
@@ -74,9 +76,9 @@ def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float, workers: int
                 worker.wait()
 
 
-def failure(job: Job) -> str:
+def failure(job: Job, *, workers: int = 2) -> str:
     """Why a job did not end well; empty where it did."""
-    for rank in range(2):
+    for rank in range(workers):
         said = job.folder / f"rank-{rank}.json"
         if not said.exists():
             return "the workers stopped before they came to this job"
@@ -88,9 +90,9 @@ def failure(job: Job) -> str:
 def main() -> None:
     """Train each job; a file `rank-N.json` in its folder says how it ended."""
     told = json.loads((Path(sys.argv[1]) / "cases.json").read_text())
-    for case in told["folders"]:
+    for case, steps in zip(told["folders"], told["steps"], strict=True):
         folder, said = Path(case), ""
-        worker = Doomed(told["steps"]) if told["steps"] else TorchrunWorker()
+        worker = Doomed(steps) if steps else TorchrunWorker()
         try:
             train(Job.load(folder), worker)
         except Gone:

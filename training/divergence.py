@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from hone.errors import RunFailedError
 from training.batches import Rows
+from training.forward import sum_over_workers
 from training.places import listed, places_of
 from training.start import Started
 
@@ -44,4 +45,4 @@ def rows_of(run: Started, step: int) -> str:
 @torch.no_grad()
 def _is_finite(run: Started, row: int) -> bool:
     loss, _, _ = run.engine(run.batcher.batch(run.rows.take(np.array([row]))))
-    return bool(torch.isfinite(loss))
+    return bool(torch.isfinite(sum_over_workers(loss.detach(), device=run.engine.device, worker=run.worker)))

@@ -83,7 +83,7 @@ def _golden_outputs(engine: Any, batcher: Batcher, rows: TokenRows) -> Batch:
     taken = [golden_row(row) for row in rows.take(np.arange(min(GOLDEN_ROWS, len(rows))))]
     batch = batcher.unpacked(taken)
     # As it is served: padded rows, while training may pack them.
-    outputs = engine(batcher.batch(taken), wants="outputs")
+    outputs = engine(batcher.batch(taken, whole=True), wants="outputs")
     kept = {name: tensor.cpu().contiguous() for name, tensor in batch.items()}
     return {**kept, "logits": outputs.float().cpu().contiguous()}
 

@@ -20,6 +20,10 @@ class WorkersOutOfMemoryError(RunFailedError):
     """A forward or backward pass did not fit."""
 
 
+class UnevenWorkersError(RunFailedError):
+    """As many workers as cannot share sequences evenly."""
+
+
 def record_failure(folder: Path, error: Exception, *, rank: int) -> bool:
     """Write down a failure that a restart cannot mend. False where the error only says that another worker is gone."""
     path = folder / FAILURE_FILE
@@ -33,6 +37,7 @@ def record_failure(folder: Path, error: Exception, *, rank: int) -> bool:
             "rank": rank,
             "is_user_error": isinstance(error, HoneError),
             "is_out_of_memory": _is_out_of_memory(error),
+            "is_uneven": isinstance(error, UnevenWorkersError),
             "message": _say(error),
             "traceback": traceback.format_exc(),
         },
@@ -44,7 +49,8 @@ def raise_recorded_failure(folder: Path) -> None:
     """Raise what a worker wrote down, if one did.
 
     Raises:
-        WorkersOutOfMemoryError: smaller portions might do. RunFailedError: with the worker's own reason, and where its traceback is.
+        WorkersOutOfMemoryError: smaller portions might do. UnevenWorkersError: fewer workers will do. RunFailedError: with the worker's
+            own reason, and where its traceback is.
     """
     path = folder / FAILURE_FILE
     if not path.exists():
@@ -52,6 +58,8 @@ def raise_recorded_failure(folder: Path) -> None:
     failure = json.loads(path.read_text())
     if failure["is_out_of_memory"]:
         raise WorkersOutOfMemoryError(f"worker {failure['rank']}: {failure['message']} (traceback in {path})")
+    if failure["is_uneven"]:
+        raise UnevenWorkersError(failure["message"])
     where = "" if failure["is_user_error"] else f" (worker {failure['rank']}; traceback in {path})"
     raise RunFailedError(f"{failure['message']}{where}")
 

@@ -10,9 +10,12 @@ import torch.distributed as dist
 from hone.recipe import TrainSettings
 from models import attention
 from models.methods import Method
+from models.slices import slice_of
 from models.tasks import Batch, Inputs, LossOptions, Task
 from models.tasks.causal import learns_prompt
+from training import sequence
 from training.batches import Rows, deal, deal_packed
+from training.sequence import SequenceGroup
 from training.worker import Worker
 
 
@@ -73,16 +76,16 @@ class TaskModule(torch.nn.Module):
 
 
 class Batcher:
-    """Deals rows out to workers and makes tensors of them, packed where task and model can be."""
+    """Deals rows out to workers and makes tensors of them, packed where task and model can be, and cut where workers share them."""
 
-    def __init__(self, task: Task, settings: TrainSettings, worker: Worker, *, packed: bool, inputs: Inputs, device: Any) -> None:
+    def __init__(self, task: Task, settings: TrainSettings, group: SequenceGroup, *, packed: bool, inputs: Inputs, device: Any) -> None:
         self.made = 0
         """Batches so far: a sign of progress."""
         self.packed = packed
         self.inputs = inputs
         self._task = task
         self._settings = settings
-        self._worker = worker
+        self._group = group
         self._device = device
 
     @property
@@ -91,7 +94,7 @@ class Batcher:
         return self._task.unit == "tokens"
 
     def portions(self, rows: Rows, lengths: Rows, *, scale: int = 1) -> list[Rows]:
-        """This worker's share of `rows`, a portion for each forward pass; as many on every worker.
+        """This worker's (or its group's) share of `rows`, a portion for each forward pass; as many on every worker.
 
         Packed, a portion holds as many tokens as `micro_batch_size` rows of the data set's greatest length, so it takes no more memory
         than the worst padded one.
@@ -101,7 +104,7 @@ class Batcher:
             lengths: Tokens of each row of the data set.
             scale: How many times the rows of a training pass fit (evaluation holds no gradients).
         """
-        rank, world_size = self._worker.rank, self._worker.world_size
+        rank, world_size = self._group.number, self._group.groups
         each = self._settings.portion * scale
         if self.packed:
             return deal_packed(rows, lengths, rank=rank, world_size=world_size, capacity=each * int(lengths.max()))
@@ -118,19 +121,24 @@ class Batcher:
         made: Batch = self._task.collate(rows, inputs=self.inputs, packed=False)
         return made
 
-    def batch(self, rows: list[dict[str, Any]]) -> Batch:
-        """Tensors of some rows. Without any, of one that counts for nothing: ZeRO's collectives need every rank there."""
+    def batch(self, rows: list[dict[str, Any]], *, whole: bool = False) -> Batch:
+        """Tensors of some rows, or of this worker's slice of them unless they are wanted whole.
+
+        Without any rows, of one that counts for nothing: ZeRO's collectives need every rank there.
+        """
         rows = rows or [self._task.nothing(self.inputs)]
         self.made += 1
         made = self._task.collate(rows, inputs=self.inputs, packed=self.packed)
+        if self._group.size > 1 and not whole:
+            made = slice_of(made, number=self._group.rank, of=self._group.size, pad_token_id=self.inputs.pad_token_id)
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in made.items()}
 
 
-def choose_packing(model: Any, task: Task, settings: TrainSettings) -> bool:
-    """Whether rows are packed; if so the model's attention is set to one that keeps them apart."""
+def choose_packing(model: Any, task: Task, settings: TrainSettings, group: SequenceGroup | None = None) -> bool:
+    """Whether rows are packed; if so the model's attention is set to one that keeps them apart, over slices where a group shares them."""
     if not (settings.packing and task.can_be_packed and attention.can_pack(model)) or learns_prompt(model):
         return False
-    model.set_attn_implementation(attention.register())
+    model.set_attn_implementation(sequence.register(group) if group and group.size > 1 else attention.register())
     return True
 
 

@@ -12,11 +12,11 @@ from hone.base_model import BaseModel, find_base_model
 from hone.errors import DataError, HoneError, RunFailedError
 from hone.folder import Folder
 from hone.recipe import Recipe, with_overrides
-from hone.run_folder import FAILURE_FILE, PLAN_FILE, attempts, read_metrics, tell
+from hone.run_folder import FAILURE_FILE, PLAN_FILE, attempts, read_events, read_metrics, tell
 from hone.storage import Home, write_text
 from training.data import prepare_data
 from training.environment import write_environment
-from training.failures import WorkersOutOfMemoryError, raise_recorded_failure, record_failure
+from training.failures import UnevenWorkersError, WorkersOutOfMemoryError, raise_recorded_failure, record_failure
 from training.guard import check_guard
 from training.job import Job, PreparedData
 from training.ledger import SupersededError
@@ -120,7 +120,8 @@ def _planned(recipe: Recipe, base: BaseModel, data: PreparedData, *, use_gpu: bo
 def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
     """Run the job on Ray Train workers; its last metrics, those before the first step as `base_eval_...`.
 
-    Where a pass does not fit into memory, the run goes on with portions half as large; the global batch stays.
+    Where a pass does not fit into memory, the run goes on with portions half as large; the global batch stays. Where an elastic cluster
+    gave as many workers as cannot share sequences evenly, it goes on with as many of them as can.
 
     Raises:
         RunFailedError: the workers stopped for a reason that a restart cannot mend, or failed more often than the recipe allows.
@@ -132,6 +133,8 @@ def fit(job: Job, *, callbacks: Sequence[Any] = ()) -> dict[str, float]:
                 return final_metrics(job.folder)
             except WorkersOutOfMemoryError as error:
                 job = _with_smaller_portions(job, error)
+            except UnevenWorkersError:
+                job = _with_even_workers(job)
             finally:
                 write_table(job.folder)
 
@@ -175,7 +178,21 @@ def _with_smaller_portions(job: Job, error: WorkersOutOfMemoryError) -> Job:
         raise error
     smaller = with_overrides(job.recipe, {"train.micro_batch_size": train.portion // 2})
     tell(job.folder, "out_of_memory", why=error.message, micro_batch_size=smaller.train.portion)
-    made = job.model_copy(update={"recipe": smaller})
+    return _again(job, smaller)
+
+
+def _with_even_workers(job: Job) -> Job:
+    """No more workers than the last that began, less those that were left over; Ray takes any number between the fewest and the most."""
+    scaling = job.recipe.scaling
+    began = next(event["world_size"] for event in reversed(read_events(job.folder)) if event["event"] == "workers_began")
+    most = max(began - began % scaling.sequence_parallel_size, scaling.fewest)
+    fewer = with_overrides(job.recipe, {"scaling.num_workers": [scaling.fewest, most]})
+    tell(job.folder, "uneven_workers", began=began, most=most)
+    return _again(job, fewer)
+
+
+def _again(job: Job, recipe: Recipe) -> Job:
+    made = job.model_copy(update={"recipe": recipe})
     made.save()
     (job.folder / FAILURE_FILE).unlink()
     return made

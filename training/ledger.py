@@ -28,7 +28,7 @@ class Line(BaseModel):
     step: int
     """From 1."""
     rows: list[int]
-    """Numbers of the training rows that it learnt from, in the run's own numbering."""
+    """Numbers of the training rows that it learnt from, or from a slice of each, in the run's own numbering."""
     loss: float
     """Over all ranks."""
     seed: int

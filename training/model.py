@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from hone.base_model import BaseModel
-from hone.errors import BaseModelError
+from hone.errors import BaseModelError, RecipeError
 from hone.methods import METHODS as HOW_MADE
 from hone.methods import MethodName
 from hone.recipe import Recipe
 from models.methods import METHODS, Applying, quantisation
+from models.slices import why_not_sliced
 from models.tasks import TASKS, Head, Task
 from training.job import Job
 from training.sharded_base import load_sharded
@@ -115,9 +116,13 @@ def check_model(recipe: Recipe, base: BaseModel, *, head: Head) -> None:
     """Build the model without its weights, to find out in a second what would otherwise fail on the workers.
 
     Raises:
-        BaseModelError: transformers has no such model for the task. RecipeError: target modules that match nothing.
+        BaseModelError: transformers has no such model for the task. RecipeError: target modules that match nothing, or more workers to a
+            sequence than the model can share it among.
     """
-    build_on_meta(recipe, base, head=head)
+    model = build_on_meta(recipe, base, head=head)
+    size = recipe.scaling.sequence_parallel_size
+    if size > 1 and (reason := why_not_sliced(model, of=size)):
+        raise RecipeError(f"scaling.sequence_parallel_size {size} does not go with {base.id.name}: {reason}")
 
 
 def build_on_meta(recipe: Recipe, base: BaseModel, *, head: Head, dtype: torch.dtype = torch.float32) -> Any:

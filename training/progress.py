@@ -166,6 +166,8 @@ def _said(event: dict[str, Any]) -> str:
             return f"by the plan this {event['advice']}"
         case "out_of_memory":
             return f"a pass did not fit into memory; goes on with train.micro_batch_size {event['micro_batch_size']}"
+        case "uneven_workers":
+            return f"{event['began']} workers cannot share sequences evenly; goes on with {event['most']} at most"
         case "checkpoint_failed":
             return f"the checkpoint of step {event['step']} could not be written: {event['why']}"
         case "tracking_failed":

@@ -1,7 +1,8 @@
 """`python -m training.proof RUN`: proof, from the ledger, that a run learnt from every row of every step once.
 
 What counts of an attempt are the steps up to where the next one began. For each of them the rows of all ranks together must be exactly
-those that the recipe's seed puts there. Steps that were done twice must have had the same loss both times.
+those that the recipe's seed puts there; ranks that share sequences must have had the same ones, which count once. Steps that were done
+twice must have had the same loss both times.
 """
 
 import argparse
@@ -111,7 +112,12 @@ def _wrong_with(step: int, done: _Done | None, plan: BatchPlan) -> list[str]:
     wrong = []
     if not done.is_whole:
         wrong.append(f"step {step}: {len(done.ranks)} of {done.attempt.world_size} ranks wrote of it")
-    seen = Counter(row for line in done.ranks.values() for row in line.rows)
+    size = done.attempt.sequence_parallel_size
+    seen = Counter(row for rank, line in done.ranks.items() if rank % size == 0 for row in line.rows)
+    for rank, line in done.ranks.items():
+        first = done.ranks.get(rank - rank % size)
+        if first and line.rows != first.rows:
+            wrong.append(f"step {step}: ranks {rank - rank % size} and {rank} share a sequence and had other rows")
     should = Counter(plan.rows(step - 1).tolist())
     if missing := should - seen:
         wrong.append(f"step {step}: {_count(missing)} not seen")

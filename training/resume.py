@@ -10,6 +10,7 @@ from hone.run_folder import FAILURE_FILE, RESULT_FILE, driver_of, find_run_folde
 from hone.storage import Home
 from training.data import prepare_data
 from training.job import Job
+from training.model import check_model
 from training.resources import plan_workers
 from training.token_cache import Watch, unwatched
 from training.tracking import check_trackers
@@ -48,6 +49,7 @@ def resume_job(run_id: str, overrides: Sequence[str], *, home: Home, watch: Watc
     for what, before, now in (("base", job.base_id, base.id), ("data", job.data.digest, data.digest)):
         if before != now:
             raise RunFailedError(f"{run_id}: its {what} has changed since it began ({before} then, {now} now); start a new run")
+    check_model(recipe, base, head=job.head)
     use_gpu, each = plan_workers(recipe)
     resumed = job.model_copy(update={"recipe": recipe, "data": data, "use_gpu": use_gpu, "resources_per_worker": each})
     resumed.save()

@@ -1,7 +1,7 @@
 """Everything that a worker needs before its first step: model, DeepSpeed's engine, rows, and what is measured."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from training.job import Job
 from training.model import build_model, choose_dtype, load_base
 from training.optim import Groups, make_optimizer
 from training.retention import Retention
+from training.sequence import sequence_group
 from training.token_rows import TokenRows
 from training.worker import Worker
 from training.zero import deepspeed_config, elements, fit_buckets, prepare_deepspeed, release_gathered
@@ -52,9 +53,17 @@ class Started:
         """Whether there is anything to measure but the training loss."""
         return bool(len(self.validation) or self.retention)
 
-    def averaged(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """A block in which the model has the weights that are measured and published."""
-        return self.average.in_place() if self.average else nullcontext()
+        if not self.average:
+            yield
+            return
+        # Under ZeRO-3 a forward pass without a backward one leaves parameters gathered, and they would outlive the change of the shards.
+        self.engine.empty_partition_cache()
+        with self.average.in_place():
+            yield
+            self.engine.empty_partition_cache()
 
     def measure(self) -> dict[str, float]:
         """Validation and retention as the weights are now."""
@@ -68,6 +77,7 @@ def start(job: Job, worker: Worker) -> Started:
     """Build it all; the engine still answers as the base, or what the method makes of it before it has learnt anything."""
     recipe, task, method = job.recipe, TASKS[job.recipe.task], METHODS[job.recipe.method.type]
     deepspeed = prepare_deepspeed(use_gpu=job.use_gpu)
+    group = sequence_group(worker, size=recipe.scaling.sequence_parallel_size)
     device = torch.device("cuda", worker.local_rank) if job.use_gpu else torch.device("cpu")
     dtype = choose_dtype(recipe, use_gpu=job.use_gpu)
 
@@ -75,15 +85,16 @@ def start(job: Job, worker: Worker) -> Started:
     plan = batch_plan(recipe, job.data.sources)
     config = deepspeed_config(recipe, dtype=dtype, use_gpu=job.use_gpu)
     model, heads = build_model(job, dtype=dtype, zero3=config if recipe.zero.stage == 3 else None, rank=worker.rank)
-    packed = choose_packing(model, task, recipe.train)
+    packed = choose_packing(model, task, recipe.train, group)
+    assert packed or group.size == 1, "prepare_job has refused what cannot be cut"
     inputs = inputs_of(job)
-    batcher = Batcher(task, recipe.train, worker, packed=packed, inputs=inputs, device=device)
+    batcher = Batcher(task, recipe.train, group, packed=packed, inputs=inputs, device=device)
     keeps_base = METHOD_FACTS[recipe.method.type].keeps_base
     reference = None
     if recipe.guard.kl_penalty and not keeps_base:
         reference = load_base(job, dtype=dtype)[0].to(device).eval().requires_grad_(False)
         if packed:
-            choose_packing(reference, task, recipe.train)
+            choose_packing(reference, task, recipe.train, group)
     optimizer, groups = make_optimizer(model, recipe, heads=heads, steps_per_epoch=plan.steps_per_epoch)
     fit_buckets(config, trained_parameters=groups.trained_parameters, parameters=elements(model.parameters()))
     module = TaskModule(model, task, method, train=recipe.train, beta=recipe.preference.beta, reference=reference)

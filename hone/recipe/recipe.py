@@ -68,13 +68,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":
-        batch, workers = self.train.global_batch_size, self.scaling.num_workers
-        if isinstance(workers, int) and batch % workers:  # an elastic run's steps may be uneven
-            raise ValueError(
-                f"train.global_batch_size {batch} does not divide among scaling.num_workers {workers}; use a multiple of {workers}"
-            )
-        if batch < self.scaling.most:
-            raise ValueError(f"train.global_batch_size {batch} is less than a row for each of {self.scaling.most} workers")
+        _check_workers(self)
         _check_method(self)
         _check_augmentation(self)
         _check_guard(self)
@@ -91,6 +85,29 @@ def allowed_stages(recipe: Recipe) -> list[Literal[0, 1, 2, 3]]:
         return [3]
     stages: list[Literal[0, 1, 2, 3]] = [1, 2] if recipe.zero.offload_optimizer else [0, 1, 2]
     return stages if _why_not_sharded(recipe) else [*stages, 3]
+
+
+def _check_workers(recipe: Recipe) -> None:
+    scaling, batch, size = recipe.scaling, recipe.train.global_batch_size, recipe.scaling.sequence_parallel_size
+    groups = scaling.most_groups
+    which = f"scaling.num_workers {groups}" if size == 1 else f"the {groups} groups of scaling.sequence_parallel_size {size} workers"
+    if isinstance(scaling.num_workers, int) and batch % groups:  # an elastic run's steps may be uneven
+        raise ValueError(f"train.global_batch_size {batch} does not divide among {which}; use a multiple of {groups}")
+    if batch < groups:
+        raise ValueError(f"train.global_batch_size {batch} is less than a row for each of {groups} {'workers' if size == 1 else 'groups'}")
+    if size == 1:
+        return
+    if recipe.task not in SLICED_TASKS:
+        raise ValueError(
+            f"scaling.sequence_parallel_size cuts packed rows, for the tasks {' and '.join(SLICED_TASKS)}, and this is {recipe.task}"
+        )
+    if recipe.method.type in ("prompt", "prefix") or not recipe.train.packing:
+        what = "train.packing is false" if not recipe.train.packing else f"with method {recipe.method.type} none are packed"
+        raise ValueError(f"scaling.sequence_parallel_size cuts packed rows, and {what}")
+
+
+SLICED_TASKS = ("chat", "completion")
+"""Tasks whose loss is a sum over tokens, wherever they are; a preference is between answers as a whole."""
 
 
 def _check_method(recipe: Recipe) -> None:

@@ -39,8 +39,8 @@ class TrainSettings(Settings):
     global_batch_size: int = Field(default=32, ge=1)
     """Rows per optimiser step over all workers, the same at any number of workers."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
-    """Most rows of one forward pass on one worker; gradient accumulation makes up the rest. Packed: as many tokens as so many of the
-    longest rows have. auto takes as many as fit by what `hone plan` estimates."""
+    """Most rows of one forward pass on one worker (or on those that share a sequence); gradient accumulation makes up the rest. Packed: as
+    many tokens as so many of the longest rows have. auto takes as many as fit by what `hone plan` estimates."""
     packing: bool = True
     """Lay rows end to end instead of padding them to one length, where task and model allow it. No token attends to another row's, and
     losses are the same; only the time differs."""
@@ -112,6 +112,9 @@ class ScalingSettings(Settings):
 
     num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
     """How many; or [fewest, most], to go on with as many as there is room for when machines go and come."""
+    sequence_parallel_size: int = Field(default=1, ge=1)
+    """So many workers share each packed sequence, a slice each, where one cannot hold a row's context (DeepSpeed Ulysses,
+    https://arxiv.org/abs/2309.14509). num_workers is a multiple of it, and so are the base's attention heads."""
     use_gpu: bool | Literal["auto"] = "auto"
     """auto takes one GPU a worker where the cluster has any."""
     resources_per_worker: dict[str, float] | None = None
@@ -134,6 +137,11 @@ class ScalingSettings(Settings):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
+    def most_groups(self) -> int:
+        """Groups of workers among which the rows of a step are shared out, at most; without sequence parallelism, workers."""
+        return self.most // self.sequence_parallel_size
+
+    @property
     def workers(self) -> str:
         """How many, as people say it."""
         return str(self.most) if self.most == self.fewest else f"{self.fewest} to {self.most}"
@@ -142,6 +150,10 @@ class ScalingSettings(Settings):
     def _is_a_range(self) -> "ScalingSettings":
         if self.fewest > self.most:
             raise ValueError(f"scaling.num_workers [{self.fewest}, {self.most}]: the first is the fewest, the second the most")
+        size = self.sequence_parallel_size
+        for count in (self.fewest, self.most):
+            if count % size:
+                raise ValueError(f"scaling.num_workers {count} is no multiple of scaling.sequence_parallel_size {size}")
         return self
 
 

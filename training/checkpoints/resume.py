@@ -96,7 +96,9 @@ def _begin(job: Job, worker: Worker, checkpoint: Checkpoint | None, passed_over:
     if worker.rank == 0:
         step, name = (checkpoint.step, checkpoint.folder) if checkpoint else (0, None)
         about = {"step": step, "checkpoint": name, "passed_over": passed_over}
-        number = begin_attempt(job.folder, **about, world_size=worker.world_size, workers=everyone).number
+        size = job.recipe.scaling.sequence_parallel_size
+        begun = begin_attempt(job.folder, **about, world_size=worker.world_size, sequence_parallel_size=size, workers=everyone)
+        number = begun.number
         tell(job.folder, "attempt", number=number, **about, world_size=worker.world_size)
     number = _same_on_all(number)
     return Resumed(number, checkpoint.step, Guard(**checkpoint.guard)) if checkpoint else Resumed(number)

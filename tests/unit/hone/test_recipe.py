@@ -90,6 +90,32 @@ def test_a_global_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     assert "use a multiple of 3" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scaling": {"num_workers": 3}}, "num_workers 3 is no multiple of scaling.sequence_parallel_size 2"),
+        ({"scaling": {"num_workers": [2, 5]}}, "num_workers 5 is no multiple"),
+        (
+            {"scaling": {"num_workers": 6}},
+            "does not divide among the 3 groups of scaling.sequence_parallel_size 2 workers; use a multiple of 3",
+        ),
+        ({"scaling": {"num_workers": [2, 40]}}, "less than a row for each of 20 groups"),
+        ({"task": "preference"}, "for the tasks chat and completion, and this is preference"),
+        ({"method": {"type": "prefix"}}, "with method prefix none are packed"),
+        ({"train": {"packing": False}}, "train.packing is false"),
+    ],
+)
+def test_what_cannot_share_a_sequence_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    tree = {**MINIMAL, **changes, "train": {"global_batch_size": 16, **changes.get("train", {})}}
+    tree["scaling"] = {"num_workers": 4, "sequence_parallel_size": 2, **changes.get("scaling", {})}
+    assert said in refusal(tmp_path, tree)
+
+
+def test_workers_that_share_sequences_count_as_one_for_the_global_batch(tmp_path: Path) -> None:
+    tree = {**MINIMAL, "train": {"global_batch_size": 2}, "scaling": {"num_workers": 8, "sequence_parallel_size": 4}}
+    assert load_recipe(write(tmp_path, tree)).scaling.most_groups == 2
+
+
 def test_a_search_over_a_key_that_is_none_is_refused(tmp_path: Path) -> None:
     space = {"optim.learning_rat": {"type": "loguniform", "lower": 1e-5, "upper": 1e-3}}
     assert "did you mean optim.learning_rate?" in refusal(tmp_path, {**MINIMAL, "search": {"space": space}})

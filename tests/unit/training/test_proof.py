@@ -26,13 +26,13 @@ def loss_of(step: int) -> float:
     return 3.0 / step
 
 
-def do(folder: Path, *, after: int, steps: Iterable[int], workers: int, loss: Callable[[int], float] = loss_of) -> None:
-    """An attempt that goes on after a step and does these."""
-    number = begin_attempt(folder, step=after, world_size=workers).number
+def do(folder: Path, *, after: int, steps: Iterable[int], workers: int, size: int = 1, loss: Callable[[int], float] = loss_of) -> None:
+    """An attempt that goes on after a step and does these; so many workers share a sequence."""
+    number = begin_attempt(folder, step=after, world_size=workers, sequence_parallel_size=size).number
     for rank in range(workers):
         with Ledger(folder, attempt=number, rank=rank) as ledger:
             for step in steps:
-                ledger.write(step, [PLAN.rows(step - 1)[rank::workers]], loss=loss(step), seed=step)
+                ledger.write(step, [PLAN.rows(step - 1)[rank // size :: workers // size]], loss=loss(step), seed=step)
 
 
 def proof_of(folder: Path, recipe: Recipe, **settings: Any) -> Proof:
@@ -93,6 +93,21 @@ def test_ranks_that_do_not_agree_are_found(tmp_path: Path, recipe: Recipe) -> No
     lines = tmp_path / LEDGER_FOLDER / "rows-0001-00001.jsonl"
     lines.write_text(lines.read_text().replace('"loss":1.5', '"loss":1.6'))
     assert proof_of(tmp_path, recipe).wrong == ["step 2: its ranks had the losses 1.5, 1.6"]
+
+
+def test_rows_that_ranks_share_count_once(tmp_path: Path, recipe: Recipe) -> None:
+    do(tmp_path, after=0, steps=range(1, 9), workers=4, size=2)
+    do(tmp_path, after=5, steps=range(6, 9), workers=2)
+    assert (proof_of(tmp_path, recipe).wrong, proof_of(tmp_path, recipe).rows) == ([], 58)
+
+
+def test_ranks_that_share_a_sequence_and_had_other_rows_are_found(tmp_path: Path, recipe: Recipe) -> None:
+    do(tmp_path, after=0, steps=range(1, 4), workers=4, size=2)
+    lines = tmp_path / LEDGER_FOLDER / "rows-0001-00003.jsonl"
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    told[1]["rows"].pop()
+    lines.write_text("".join(json.dumps(line) + "\n" for line in told))
+    assert proof_of(tmp_path, recipe).wrong == ["step 2: ranks 2 and 3 share a sequence and had other rows"]
 
 
 def test_nothing_written_proves_nothing(tmp_path: Path, recipe: Recipe) -> None:
