@@ -13,7 +13,7 @@ from hone.recipe import with_overrides
 from hone.run_folder import attempts, read_events, read_metrics
 from hone.storage import Home
 from tests.disturbed import losses_of, proof_of
-from tests.integration.test_zero_stages import assert_same_losses, recipe, write_chats
+from tests.integration.test_zero_stages import assert_same_steps, recipe, write_chats
 from tests.tiny import make_decoder
 from tests.zero_matrix import failure, prepared, train_all
 from training.job import Job
@@ -99,7 +99,7 @@ def runs(bases: dict[str, Path], rows: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("name", CASES if ALL else SOME)
 def test_two_workers_to_a_sequence_follow_one_plain_process(runs: dict[str, Job], name: str) -> None:
     assert not failure(runs[name])
-    assert_same_losses(runs[name])
+    assert_same_steps(runs[name])
     proof = proof_of(runs[name].folder)
     assert (proof.steps, proof.wrong) == (STEPS, [])
     assert proof.rows == sum(m["rows"] for m in read_metrics(runs[name].folder) if "rows" in m), "a row counts once, whoever shares it"
@@ -188,5 +188,5 @@ def test_an_uneven_number_of_workers_is_made_even(llama: Path, rows: Path, home:
     finally:
         ray.shutdown()
     assert [e["world_size"] for e in read_events(job.folder) if e["event"] == "workers_began"] == [3, 2]
-    assert_same_losses(job)
+    assert_same_steps(job)
     assert proof_of(job.folder).wrong == []
