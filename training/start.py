@@ -96,7 +96,7 @@ def start(job: Job, worker: Worker) -> Started:
         if packed:
             choose_packing(reference, task, recipe.train, group)
     optimizer, groups = make_optimizer(model, recipe, heads=heads, steps_per_epoch=plan.steps_per_epoch)
-    fit_buckets(config, trained_parameters=groups.trained_parameters, parameters=elements(model.parameters()))
+    fit_buckets(config, trained_parameters=groups.trained_parameters, parameters=elements(model.parameters()), workers=worker.world_size)
     module = TaskModule(model, task, method, train=recipe.train, beta=recipe.preference.beta, reference=reference)
     engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
 

@@ -53,17 +53,19 @@ def kept_whole(recipe: Recipe) -> int:
     return 0 if recipe.train.ema_decay else SMALL
 
 
-def fit_buckets(config: dict[str, Any], *, trained_parameters: int, parameters: int) -> None:
+def fit_buckets(config: dict[str, Any], *, trained_parameters: int, parameters: int, workers: int) -> None:
     """Buffers no larger than what goes through them: DeepSpeed's defaults are for models of many billions.
 
     Args:
         config: For `deepspeed.initialize`; changed.
         trained_parameters: Elements that train.
         parameters: Elements of the whole model.
+        workers: How many there are. One alone gathers nothing, and DeepSpeed 0.19 loses its place ("tracing error") where it may hold
+            only a part.
     """
     zero, bucket = config["zero_optimization"], bucket_elements(trained_parameters)
     zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if zero["stage"] == 3:
+    if zero["stage"] == 3 and workers > 1:
         gathered = gathered_elements(parameters)
         zero |= {"stage3_max_live_parameters": gathered, "stage3_max_reuse_distance": gathered}
 
@@ -136,8 +138,9 @@ def release_gathered(engine: Any) -> None:
     """After passes whose backward pass never comes, let go of the weights that stage 3 has fetched for it.
 
     Some are still on their way, and DeepSpeed refuses to gather those for an export; and none of them hear of shards that change in place.
+    A worker that is alone has nothing to fetch: its shard is the whole.
     """
-    if engine.zero_optimization_stage() == 3:
+    if engine.zero_optimization_stage() == 3 and engine.dp_world_size > 1:
         engine.empty_partition_cache()
 
 
