@@ -60,13 +60,13 @@ def fit_buckets(config: dict[str, Any], *, trained_parameters: int, parameters: 
         config: For `deepspeed.initialize`; changed.
         trained_parameters: Elements that train.
         parameters: Elements of the whole model.
-        workers: How many there are. One alone gathers nothing, and DeepSpeed 0.19 loses its place ("tracing error") where it may hold
-            only a part.
+        workers: How many there are. One alone has all of it anyway, and DeepSpeed 0.19 loses its place ("tracing error") where it may
+            hold only a part.
     """
     zero, bucket = config["zero_optimization"], bucket_elements(trained_parameters)
     zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if zero["stage"] == 3 and workers > 1:
-        gathered = gathered_elements(parameters)
+    if zero["stage"] == 3:
+        gathered = gathered_elements(parameters) if workers > 1 else 2 * parameters
         zero |= {"stage3_max_live_parameters": gathered, "stage3_max_reuse_distance": gathered}
 
 
