@@ -23,7 +23,7 @@ from training.retention import Retention
 from training.sequence import sequence_group
 from training.token_rows import TokenRows
 from training.worker import Worker
-from training.zero import deepspeed_config, elements, fit_buckets, prepare_deepspeed, release_gathered
+from training.zero import deepspeed_config, fit_buckets, prepare_deepspeed, release_gathered
 
 
 @dataclass(eq=False)
@@ -96,7 +96,7 @@ def start(job: Job, worker: Worker) -> Started:
         if packed:
             choose_packing(reference, task, recipe.train, group)
     optimizer, groups = make_optimizer(model, recipe, heads=heads, steps_per_epoch=plan.steps_per_epoch)
-    fit_buckets(config, trained_parameters=groups.trained_parameters, parameters=elements(model.parameters()), workers=worker.world_size)
+    fit_buckets(config, groups.trained_parameters)
     module = TaskModule(model, task, method, train=recipe.train, beta=recipe.preference.beta, reference=reference)
     engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
 

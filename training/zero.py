@@ -13,9 +13,8 @@ from hone.recipe import Recipe
 LARGEST_BUCKET = 500_000_000
 """Elements, DeepSpeed's own default."""
 MOST_GATHERED = 1_000_000_000
-"""Elements of weights, DeepSpeed's own default for what stage 3 keeps gathered."""
-GATHERED_PART = 4
-"""Of a small model, stage 3 keeps a part in so many gathered."""
+"""Elements of weights that stage 3 may hold gathered ahead of their use, and within which it keeps what it will use again: DeepSpeed's own
+default. With less, so that a small model is not gathered whole, DeepSpeed 0.19 loses its place after a resume ("tracing error")."""
 SMALL = 100_000
 """Elements of a parameter that stage 3 leaves whole, DeepSpeed's own default."""
 
@@ -53,21 +52,10 @@ def kept_whole(recipe: Recipe) -> int:
     return 0 if recipe.train.ema_decay else SMALL
 
 
-def fit_buckets(config: dict[str, Any], *, trained_parameters: int, parameters: int, workers: int) -> None:
-    """Buffers no larger than what goes through them: DeepSpeed's defaults are for models of many billions.
-
-    Args:
-        config: For `deepspeed.initialize`; changed.
-        trained_parameters: Elements that train.
-        parameters: Elements of the whole model.
-        workers: How many there are. One alone has all of it anyway, and DeepSpeed 0.19 loses its place ("tracing error") where it may
-            hold only a part.
-    """
-    zero, bucket = config["zero_optimization"], bucket_elements(trained_parameters)
-    zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if zero["stage"] == 3:
-        gathered = gathered_elements(parameters) if workers > 1 else 2 * parameters
-        zero |= {"stage3_max_live_parameters": gathered, "stage3_max_reuse_distance": gathered}
+def fit_buckets(config: dict[str, Any], trained_parameters: int) -> None:
+    """Buffers through which gradients go, no larger than all of them: DeepSpeed's defaults are for models of many billions."""
+    bucket = bucket_elements(trained_parameters)
+    config["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
 
 
 def elements(parameters: Iterable[torch.nn.Parameter]) -> int:
@@ -78,15 +66,6 @@ def elements(parameters: Iterable[torch.nn.Parameter]) -> int:
 def bucket_elements(trained_parameters: int) -> int:
     """Elements whose gradients are sent at once: an adapter does not need DeepSpeed's 500 million."""
     return min(LARGEST_BUCKET, trained_parameters + trained_parameters % 2)  # DeepSpeed wants them even
-
-
-def gathered_elements(parameters: int) -> int:
-    """Elements that stage 3 may hold gathered ahead of their use, and within which it keeps what it will use again.
-
-    By DeepSpeed's default of 1e9 a smaller model would be gathered whole between its forward and backward pass, beside the shards, and
-    stage 3 would take more memory than stage 2.
-    """
-    return min(MOST_GATHERED, parameters // GATHERED_PART)
 
 
 def prepare_deepspeed(*, use_gpu: bool) -> Any:

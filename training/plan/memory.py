@@ -4,7 +4,7 @@ With P parameters of which T train, N workers, w bytes of the run's type (4 in f
 min(T, 5e8), as `training.zero.fit_buckets` sets it:
 
     weights       stages 0 to 2: P w.  Stage 3: P w / N, and beside it what is gathered: parameters so small that they stay whole; the
-                  module with the most weights; what is used again within R elements, min(1e9, P / 4), which between forward and
+                  module with the most weights; what is used again within R elements, 1e9, which between forward and
                   backward is the last R / 2; and what is fetched ahead, up to 5e7 elements within the rest of R.
     gradients     stages 0 and 1: T w.  Stages 2 and 3: T w / N.  On top, what is sent at once, B w: a flat copy at stage 0, a bucket at
                   the others. Stage 1 has the reduced part as well, T w / N; stage 3 the copies that are scattered, B w.
@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 
 from training.plan.trace import Need
-from training.zero import bucket_elements, elements, gathered_elements
+from training.zero import MOST_GATHERED, bucket_elements, elements
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
@@ -166,8 +166,7 @@ def _weights(counts: Counts, stage: Stage, *, workers: int) -> tuple[int, int]:
     """(What passes work with, what is at rest)."""
     if stage < 3:
         return counts.total * counts.bytes_each, 0
-    reuse = gathered_elements(counts.total)
-    gathered = counts.kept_whole + counts.largest + reuse // 2 + min(reuse // 2, FETCHED_AHEAD)
+    gathered = counts.kept_whole + counts.largest + MOST_GATHERED // 2 + FETCHED_AHEAD
     return min(counts.total, gathered) * counts.bytes_each, _part(counts.total, workers) * counts.bytes_each
 
 

@@ -38,7 +38,7 @@ def test_in_16_bits_masters_are_kept_at_every_stage_and_gradients_are_of_what_tr
 @pytest.mark.parametrize(("counts", "bucket"), [(LORA, LORA.trained), (FULL, LARGEST_BUCKET)])
 def test_a_bucket_is_what_deepspeed_is_told_to_make(counts: Counts, bucket: int) -> None:
     config = {"zero_optimization": {"stage": 2}}
-    fit_buckets(config, trained_parameters=counts.trained, parameters=counts.total, workers=2)
+    fit_buckets(config, counts.trained)
     assert config["zero_optimization"]["reduce_bucket_size"] == bucket == bucket_elements(counts.trained)
     held = memory(counts, 2, workers=8, activations=NOTHING, on_gpu=True)
     assert held.gradients == 2 * (bucket + counts.trained // 8)
