@@ -19,8 +19,8 @@ FULL = Counts(total=8_000_000_000, trained=8_000_000_000, bytes_each=2, largest=
         (0, 4000, 2 * 4000, 8 * 1000, 12 * 1000),  # no masters beside fp32 weights; a flat copy of the gradients is sent; rank 0 saves
         (1, 4000, 4000 + 1000 + 4000, 12 * 250, 12 * 250),
         (2, 4000, 1000 + 4000, 12 * 250, 12 * 250),
-        # Shards, and beside them what stays whole, the largest module, and 125 that are used again soon and 125 that are fetched ahead.
-        (3, 1000 + 4 * (100 + 300 + 125 + 125), 1000 + 4000 + 4000, 8 * 250, 12 * 250),
+        # Shards, and beside them the whole of a model that is used again within so few elements.
+        (3, 1000 + 4000, 1000 + 4000 + 4000, 8 * 250, 12 * 250),
     ],
 )
 def test_a_full_fine_tune_in_fp32_on_four_workers(stage: int, weights: int, gradients: int, optimizer: int, checkpoint: int) -> None:
