@@ -12,6 +12,7 @@ from typing import Self
 
 HERE = "10.77.0.1"
 """The address of this process on their network."""
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 QUICK = {
     # A node that does not answer is given up after seconds. Ray's own limits are a minute.
     "RAY_health_check_initial_delay_ms": "2000",
@@ -39,6 +40,7 @@ class Hosts:
         self._head: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        _ray("get-auth-token", "--generate")  # one for all of them; an old one is kept
         _ip("link", "add", "name", self._name, "type", "bridge")
         _ip("addr", "add", f"{HERE}/24", "dev", self._name)
         _ip("link", "set", self._name, "up")
@@ -100,10 +102,14 @@ class Hosts:
             _kill(pid)
 
     def _start(self, name: str, before: list[str], options: list[str]) -> subprocess.Popen[bytes]:
-        argv = [*before, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
-        environment = {**os.environ, **QUICK, "RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "eth0" if before else self._name}
+        argv = [*before, *RAY, "start", "--block", "--disable-usage-stats", *options]
+        environment = {**os.environ, **QUICK, "GLOO_SOCKET_IFNAME": "eth0" if before else self._name}
         with (self._log / f"{name}.log").open("ab") as out:
             return subprocess.Popen(argv, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _ray(*arguments: str) -> None:
+    subprocess.run([*RAY, *arguments], check=True, capture_output=True)
 
 
 def _ip(*arguments: str) -> str:

@@ -46,7 +46,15 @@ class Doomed(TorchrunWorker):
         return self._left <= 1
 
 
-def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float, workers: int = 2, steps: int | Sequence[int] = 0) -> None:
+def train_all(
+    root: Path,
+    jobs: Sequence[Job],
+    *,
+    timeout_s: float,
+    workers: int = 2,
+    steps: int | Sequence[int] = 0,
+    main: str = "tests.zero_matrix",
+) -> None:
     """Train the jobs; `failure` of each says how it ended.
 
     Args:
@@ -56,11 +64,12 @@ def train_all(root: Path, jobs: Sequence[Job], *, timeout_s: float, workers: int
         workers: How many.
         steps: After so many the workers of each job are gone, with one step's notice; by default they stay to the end. One for all jobs,
             or one for each.
+        main: The module that workers run.
     """
     each = [steps] * len(jobs) if isinstance(steps, int) else list(steps)
     (root / "cases.json").write_text(json.dumps({"folders": [str(job.folder) for job in jobs], "steps": each}))
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-W", "ignore", "-m", "tests.zero_matrix", str(root)]
+    argv = [sys.executable, "-W", "ignore", "-m", main, str(root)]
     started = []
     for rank in range(workers):
         with (root / f"worker-{rank}.log").open("wb") as log:

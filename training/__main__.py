@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from hone.errors import HoneError, RunFailedError
 from hone.ids import new_run_id
 from hone.ports import free_port
 from hone.recipe import Recipe, load_recipe
-from hone.run_folder import RESULT_FILE, sign_in
+from hone.run_folder import CHECKPOINTS_FOLDER, RESULT_FILE, sign_in, tell
 from hone.storage import Home, write_json
 from hone.store import Store
+from training.head_watch import watched_head
 
 SAID_BY_ITSELF = ("bad_rows", "cut_targets", "empty_targets")
 
@@ -34,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         recipe = None if args.resume else load_recipe(args.recipe, args.overrides)
         home.ready()
         run_id = args.resume or args.run_id or new_run_id(recipe.name if recipe else "")
-        with _recorded(home, run_id, args) as store, _ray(args.address, has_trials=args.search or bool(args.folds)):
+        with (
+            _recorded(home, run_id, args) as store,
+            _ray(args.address, has_trials=args.search or bool(args.folds)) as head,
+            watched_head(head, partial(_end_without_head, store, home, run_id)),
+        ):
             result = _resume(home, run_id, args, console) if recipe is None else _run(recipe, home, run_id, args, console)
             store.move_job(run_id, "succeeded", message=result["adapter"] or "")
     except HoneError as error:
@@ -97,16 +103,22 @@ def _finish(job: Any, metrics: dict[str, float], *, home: Home, began: float, co
     """Check what was trained, publish it, and say so."""
     from training.evaluation.result import verdict_of
     from training.evaluation.watch import bars
-    from training.publish import check_export, publish
+    from training.publish import check_export, move_alias, publish
 
     with bars(console) as looking:
         note = check_export(job, watch=looking)
     for line in [note] if note else verdict_of(job.folder):
         console.print(line, markup=False)
-    adapter = str(publish(job, metrics, home=home, **lineage).ref) if job.recipe.publish.enabled else None
+    adapter, refused = None, ""
+    if job.recipe.publish.enabled:
+        manifest = publish(job, metrics, home=home, **lineage)
+        adapter, refused = str(manifest.ref), move_alias(job, manifest, home=home)
     result = {"status": "succeeded", "run_id": job.run_id, "adapter": adapter, "metrics": metrics, "seconds": time.monotonic() - began}
+    result |= {"alias_refused": refused} if refused else {}
     folder = home.runs / job.run_id.split("/")[0]
     write_json(folder / RESULT_FILE, result)
+    if refused:
+        console.print(f"the alias was not moved: {refused}", markup=False)
     console.print(f"{f'published {adapter}' if adapter else 'trained'} in {result['seconds']:.0f} s; run folder {folder}")
     return result
 
@@ -148,8 +160,9 @@ def _recorded(home: Home, run_id: str, args: argparse.Namespace) -> Iterator[Sto
 
 
 @contextmanager
-def _ray(address: str | None, *, has_trials: bool) -> Iterator[None]:
-    """A connection to the cluster at `address` or $RAY_ADDRESS, or a Ray of our own on this machine that ends with the block."""
+def _ray(address: str | None, *, has_trials: bool) -> Iterator[str]:
+    """A connection to the cluster at `address` or $RAY_ADDRESS, or a Ray of our own on this machine that ends with the block; where its
+    head is."""
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options = _own_ray(has_trials=has_trials) if address == "local" else {}
     import ray
@@ -160,7 +173,7 @@ def _ray(address: str | None, *, has_trials: bool) -> Iterator[None]:
         raise RunFailedError(f"cannot reach Ray at {address}: {str(error).splitlines()[0]}") from error
     signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put its own in place, which exits without a word
     try:
-        yield
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
 
@@ -183,6 +196,18 @@ def _at_least_two(text: str) -> int:
     if not text.isdigit() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text}: there must be two folds at least")
     return int(text)
+
+
+def _end_without_head(store: Store, home: Home, run_id: str, why: str) -> None:
+    """Keep how the run ended, say it, and end this process, whose own thread waits for a Ray that is gone."""
+    again = f"; `hone runs resume {run_id}` goes on with it on another Ray" if (home.runs / run_id / CHECKPOINTS_FOLDER).is_dir() else ""
+    try:
+        if (home.runs / run_id).is_dir():
+            tell(home.runs / run_id, "head_lost", why=why)
+        store.move_job(run_id, "failed", message=f"{why}{again}")
+    finally:
+        print(f"hone: {why}{again}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(1)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

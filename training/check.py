@@ -21,7 +21,7 @@ from training.job import Job
 from training.model import choose_dtype, load_trained
 from training.trained import trained_by
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Largest difference of a logit, relative to the spread of its row: a few roundings of the type, far from a lost tensor's effect."""
 
 

@@ -12,7 +12,7 @@ from models import attention
 from models.methods import Method
 from models.slices import slice_of
 from models.tasks import Batch, Inputs, LossOptions, Task
-from models.tasks.causal import learns_prompt
+from models.tasks.causal import CausalTask, learns_prompt, take_loss_in_head
 from training import sequence
 from training.batches import Rows, deal, deal_packed
 from training.sequence import SequenceGroup
@@ -25,6 +25,8 @@ class TaskModule(torch.nn.Module):
     def __init__(self, model: Any, task: Task, method: Method, *, train: TrainSettings, beta: float, reference: Any = None) -> None:
         """`reference` is the base where the method does not keep it."""
         super().__init__()
+        if isinstance(task, CausalTask):
+            take_loss_in_head(model)
         self.model = model
         self._task = task
         self._method = method

@@ -63,6 +63,7 @@ class Health:
         self._said: set[str] = set()
         self._ended = threading.Event()
         self._every_s = every_s(worker.world_size, stall_s=self._settings.stall_s)
+        self._clock, self._unsure_until = FileClock(), 0.0
         self._write()  # so that a rank which freezes at once is known too
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
         self._thread.start()
@@ -110,6 +111,8 @@ class Health:
         staging = self._folder / f".{self._worker.rank:05d}"
         staging.write_text(json.dumps(vars(beat)))
         staging.rename(self._folder / _name(self._worker.rank))
+        if self._clock.jumped(_written_at(self._folder, self._worker.rank), time.monotonic(), by_s=self._settings.stall_s / 4):
+            self._unsure_until = time.monotonic() + 3 * self._every_s  # by then all that are alive have written by the new clock
 
     def _look(self) -> None:
         """Read what the others say, but only where there is something to say of it: with a thousand ranks that is a thousand files."""
@@ -124,13 +127,13 @@ class Health:
     def _look_for_blame(self) -> None:
         """The lowest rank of those that are alive speaks, once a stall. The others look no further than to one that is alive below them:
         a thousand ranks that each read a thousand files would be the end of the file system."""
-        if not self._told and not self._is_any_alive_below():
+        if not self._told and time.monotonic() >= self._unsure_until and not self._is_any_alive_below():
             self._told = True
             self._name(read_beats(self._folder), _silence(self._folder, self._worker.rank))
 
     def _is_any_alive_below(self) -> bool:
         now = _written_at(self._folder, self._worker.rank)
-        return any(now - _written_at(self._folder, rank) < self._settings.stall_s / 2 for rank in range(self._worker.rank))
+        return any(abs(now - _written_at(self._folder, rank)) < self._settings.stall_s / 2 for rank in range(self._worker.rank))
 
     def _name(self, beats: dict[int, Beat], silent_s: dict[int, float]) -> None:
         """Write down all stacks, and who is to blame."""
@@ -163,6 +166,18 @@ class Health:
         return sum(times[which] for times in self._times) / max(1, len(self._times))
 
 
+class FileClock:
+    """Notices when the file system's clock is set, by what this process's own, which nobody can set, says at the same moments."""
+
+    def __init__(self) -> None:
+        self._ahead_s: float | None = None
+
+    def jumped(self, written_at: float, now: float, *, by_s: float) -> bool:
+        """Whether the clock by which a file was just `written_at` has moved against ours, `now`, since the last call, and by so much."""
+        before, self._ahead_s = self._ahead_s, written_at - now
+        return before is not None and abs(self._ahead_s - before) >= by_s
+
+
 def every_s(world_size: int, *, stall_s: float) -> float:
     """How often a rank writes: at most 64 of them a second."""
     return max(min(2.0, stall_s / 5), world_size / 64)
@@ -174,9 +189,10 @@ def read_beats(folder: Path) -> dict[int, Beat]:
 
 
 def _silence(folder: Path, rank: int) -> dict[int, float]:
-    """Rank -> seconds by which its last file is older than ours, by the file system's clock, which all of them share."""
+    """Rank -> seconds between its last file and ours, by the file system's clock, which all of them share. Ours is the older one where
+    that clock was set back after the rank had fallen silent."""
     now = _written_at(folder, rank)
-    return {int(path.stem.split("-")[1]): now - path.stat().st_mtime for path in folder.glob("rank-*.json")}
+    return {int(path.stem.split("-")[1]): abs(now - path.stat().st_mtime) for path in folder.glob("rank-*.json")}
 
 
 def _written_at(folder: Path, rank: int) -> float:

@@ -25,11 +25,15 @@ DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropou
 """Names under which models keep a share to drop that is no module of its own."""
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By `train.precision`."""
+
+
 def choose_dtype(recipe: Recipe, *, use_gpu: bool) -> torch.dtype:
-    """bf16 where the recipe asks for it, or where the hardware has it and the recipe leaves it open."""
+    """What the recipe asks for; where it leaves that open, bf16 if the hardware has it."""
     if recipe.train.precision == "auto":
         return torch.bfloat16 if use_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    return DTYPES[recipe.train.precision]
 
 
 def build_model(job: Job, *, dtype: torch.dtype, zero3: dict[str, Any] | None = None, rank: int = 0) -> tuple[Any, list[str]]:

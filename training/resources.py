@@ -16,7 +16,7 @@ def plan_workers(recipe: Recipe) -> tuple[bool, Resources]:
     """Check the workers against the cluster; whether they get GPUs, and what each of them is given.
 
     Raises:
-        ResourceError: the cluster is too small, and stays so for scaling.wait_for_nodes_s.
+        ResourceError: the cluster is too small, and stays so for scaling.wait_for_nodes_s; or fp16 is asked for, and there are no GPUs.
     """
     use_gpu, each, short, have = _compare(recipe)
     if short and recipe.scaling.wait_for_nodes_s:
@@ -27,6 +27,7 @@ def plan_workers(recipe: Recipe) -> tuple[bool, Resources]:
                 use_gpu, each, short, have = _compare(recipe)
     if not short:
         _refuse_split_workers(recipe.scaling, each)
+        _refuse_slow_half(recipe, use_gpu=use_gpu)
         return use_gpu, each
     wants = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
     has = ", ".join(f"{have.get(name, 0):g} {name}" for name in short)
@@ -61,6 +62,12 @@ def workers_that_fit(each: Resources, nodes: Iterable[Mapping[str, float]]) -> i
 def without_cluster(_recipe: Recipe) -> tuple[bool, Resources]:
     """What workers get that are started without Ray: a CPU each."""
     return False, {"CPU": 1.0}
+
+
+def _refuse_slow_half(recipe: Recipe, *, use_gpu: bool) -> None:
+    """DeepSpeed takes fp16 on very few CPUs, and on the others it would be slow."""
+    if recipe.train.precision == "fp16" and not use_gpu:
+        raise ResourceError("train.precision fp16 is for GPUs, and these workers get none; use bf16 or fp32")
 
 
 def _compare(recipe: Recipe) -> tuple[bool, Resources, Resources, Resources]:

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from training.safetensors_file import Entry, read_header
 from training.zero import shard
-
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
-"""Names of types in a safetensors header; tensors of others are no plain weights."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +24,14 @@ class Stored:
     """A tensor in a safetensors file."""
 
     path: Path
-    offset: int
-    """Of its first byte in the file."""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    entry: Entry
 
     def read(self, start: int = 0, length: int | None = None) -> torch.Tensor:
         """So many of its elements from one on, in the order of its last dimension first; all of them by default."""
-        length = prod(self.shape) if length is None else length
-        size = self.dtype.itemsize
-        read = np.fromfile(self.path, dtype=np.uint8, count=length * size, offset=self.offset + start * size)
-        return torch.from_numpy(read).view(self.dtype)
+        length = prod(self.entry.shape) if length is None else length
+        width = self.entry.dtype.itemsize
+        read = np.fromfile(self.path, dtype=np.uint8, count=length * width, offset=self.entry.offset + start * width)
+        return torch.from_numpy(read).view(self.entry.dtype)
 
 
 def load_sharded(folder: Path, *, model_class: Any, dtype: torch.dtype, config: dict[str, Any]) -> Any | None:
@@ -62,7 +57,7 @@ def load_sharded(folder: Path, *, model_class: Any, dtype: torch.dtype, config: 
         return None
     files = _stored(folder)
     found = [(tensor, _find(names, files, model.base_model_prefix)) for tensor, names in _tensors(model)]
-    if any(stored is None or stored.shape != tuple(getattr(tensor, "ds_shape", tensor.shape)) for tensor, stored in found):
+    if any(stored is None or stored.entry.shape != tuple(getattr(tensor, "ds_shape", tensor.shape)) for tensor, stored in found):
         return None
     with torch.no_grad():
         for tensor, stored in found:
@@ -90,15 +85,11 @@ def _made_in_shards(config: dict[str, Any]) -> Iterator[None]:
 
 
 def _stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor by its name (https://huggingface.co/docs/safetensors/index#format: the header's length, the header, the data)."""
-    stored = {}
+    """Every tensor by its name."""
+    stored: dict[str, Stored] = {}
     for path in _files(folder):
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name, about in header.items():
-            if name != "__metadata__" and about["dtype"] in TYPES:
-                stored[name] = Stored(path, 8 + length + about["data_offsets"][0], TYPES[about["dtype"]], tuple(about["shape"]))
+            stored |= {name: Stored(path, entry) for name, entry in read_header(file).items()}
     return stored
 
 

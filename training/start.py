@@ -1,7 +1,7 @@
 """Everything that a worker needs before its first step: model, DeepSpeed's engine, rows, and what is measured."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +53,9 @@ class Started:
         """Whether there is anything to measure but the training loss."""
         return bool(len(self.validation) or self.retention)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """A block in which the model has the weights that are measured and published."""
-        if not self.average:
-            yield
-            return
-        # Under ZeRO-3 a forward pass without a backward one leaves parameters gathered, and they would outlive the change of the shards.
-        self.engine.empty_partition_cache()
-        with self.average.in_place():
-            yield
-            self.engine.empty_partition_cache()
+        return self.average.in_place() if self.average else nullcontext()
 
     def measure(self) -> dict[str, float]:
         """Validation and retention as the weights are now."""

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hone.errors import RunFailedError
+from hone.run_folder import tell
 from models.tasks import Batch
 from training.batches import Rows
 from training.divergence import refuse_bad_loss
@@ -43,7 +45,7 @@ def take_step(run: Started, step: int, *, ledger: Ledger, checkpoint: int) -> Ta
         checkpoint: The step of the newest checkpoint, to be told of if this goes wrong.
 
     Raises:
-        RunFailedError: the loss is not a finite number.
+        RunFailedError: the loss is not a finite number, or gradients in fp16 overflow at any loss scale.
     """
     began = time.perf_counter()
     recipe, engine, worker = run.job.recipe, run.engine, run.worker
@@ -52,17 +54,22 @@ def take_step(run: Started, step: int, *, ledger: Ledger, checkpoint: int) -> Ta
     n_targets = int(run.rows.n_targets[rows].sum())
     n_beside = int(run.rows.n_targets[_beside(run, rows)].sum())
     seed = _seed(recipe.train.seed, step, worker.rank)
-    _draw_from(seed)
     lr = learning_rate(step, run.plan.total_steps, recipe.optim)
     run.groups.set_step(run.optimizer, step, lr)
 
-    sums, losses, times = _learn(run, step, portions, n_targets=n_targets, n_beside=n_beside)
-    summed = torch.tensor([*sums.values(), worker.noticed()], dtype=torch.float64)
-    totals = sum_over_workers(summed, device=engine.device, worker=worker).cpu()
-    if not torch.isfinite(totals).all():
-        suspects = [portion for portion, loss in zip(portions, losses, strict=True) if not torch.isfinite(loss)]
-        refuse_bad_loss(run, suspects, step=step + 1, checkpoint=checkpoint)
-    norm = step_optimizer(engine)
+    norm, overflows = None, 0
+    while norm is None:
+        _draw_from(seed)
+        sums, losses, times = _learn(run, step, portions, n_targets=n_targets, n_beside=n_beside)
+        summed = torch.tensor([*sums.values(), worker.noticed()], dtype=torch.float64)
+        totals = sum_over_workers(summed, device=engine.device, worker=worker).cpu()
+        if not torch.isfinite(totals).all():
+            suspects = [portion for portion, loss in zip(portions, losses, strict=True) if not torch.isfinite(loss)]
+            refuse_bad_loss(run, suspects, step=step + 1, checkpoint=checkpoint)
+        norm = step_optimizer(engine)
+        if norm is None:
+            overflows += 1
+            _tell_overflow(run, step + 1)
     if run.average:
         run.average.update(step + 1)
     *values, noticed = totals.tolist()
@@ -75,6 +82,8 @@ def take_step(run: Started, step: int, *, ledger: Ledger, checkpoint: int) -> Ta
         **means,
         "learning_rate": lr,
         "grad_norm": norm,
+        **({"loss_scale": run.state.loss_scale.value} if run.state.loss_scale.is_used else {}),
+        **({"overflows": overflows} if overflows else {}),
         "rows": len(rows),
         **({"tokens": int(run.rows.lengths[rows].sum())} if run.batcher.reads_tokens else {}),
         **times,
@@ -114,6 +123,17 @@ def _learn(
             sums[name] += value
         losses.append(wanted.detach())
     return sums, losses, times
+
+
+def _tell_overflow(run: Started, step: int) -> None:
+    """Write down that a step is to be done again. Raises RunFailedError where no lower loss scale is left to do it with."""
+    scale = run.state.loss_scale
+    if run.worker.rank == 0:
+        tell(run.job.folder, "overflow", step=step, loss_scale=scale.value)
+    if scale.is_lowest:
+        raise RunFailedError(
+            f"step {step}: gradients overflow in fp16 at every loss scale; set train.precision bf16 or fp32, or lower optim.learning_rate"
+        )
 
 
 def _beside(run: Started, rows: Rows) -> Rows:

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 
 from hone.recipe import Recipe
+from training.loss_scale import fp16_config
 
 LARGEST_BUCKET = 500_000_000
 """Elements, DeepSpeed's own default."""
-MOST_GATHERED = 1_000_000_000
-"""Elements of weights that stage 3 may hold gathered ahead of their use, and within which it keeps what it will use again: DeepSpeed's own
-default. With less, so that a small model is not gathered whole, DeepSpeed 0.19 loses its place after a resume ("tracing error")."""
 SMALL = 100_000
 """Elements of a parameter that stage 3 leaves whole, DeepSpeed's own default."""
 
@@ -29,6 +27,7 @@ def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = Fals
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": {"enabled": dtype is torch.bfloat16},
+        "fp16": fp16_config() if dtype is torch.float16 else {"enabled": False},
         "zero_optimization": _zero(recipe, pin_memory=use_gpu),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own AdamW for offloaded state has to be compiled
@@ -43,7 +42,15 @@ def _zero(recipe: Recipe, *, pin_memory: bool) -> dict[str, Any]:
         **({"offload_optimizer": there} if zero.offload_optimizer else {}),
         **({"offload_param": there} if zero.offload_param else {}),
         # A moving average is of the shards, so small parameters must not be kept whole beside them.
-        **({"stage3_param_persistence_threshold": kept_whole(recipe)} if zero.stage == 3 else {}),
+        **(_of_stage_3(recipe) if zero.stage == 3 else {}),
+    }
+
+
+def _of_stage_3(recipe: Recipe) -> dict[str, int]:
+    return {
+        "stage3_param_persistence_threshold": kept_whole(recipe),
+        "stage3_max_live_parameters": recipe.zero.stage3_max_live_parameters,
+        "stage3_max_reuse_distance": recipe.zero.stage3_max_reuse_distance,
     }
 
 
@@ -100,8 +107,9 @@ def sharded_loading(config: dict[str, Any] | None) -> Iterator[None]:
     del held
 
 
-def step_optimizer(engine: Any) -> float:
-    """Let the optimiser take its step; the 2-norm of the mean gradient, before it was clipped.
+def step_optimizer(engine: Any) -> float | None:
+    """Let the optimiser take its step; the 2-norm of the mean gradient, before it was clipped. None where gradients in fp16 have overflown:
+    then the weights were not moved, and the loss scale has been halved.
 
     Without ZeRO, in fp32, DeepSpeed 0.19 clips by that norm and does not keep it.
     """
@@ -110,16 +118,15 @@ def step_optimizer(engine: Any) -> float:
         engine.step()
         return float(norm)
     engine.step()
-    return float(engine.get_global_grad_norm())
+    return None if getattr(engine.optimizer, "overflow", False) else float(engine.get_global_grad_norm())
 
 
 def release_gathered(engine: Any) -> None:
     """After passes whose backward pass never comes, let go of the weights that stage 3 has fetched for it.
 
     Some are still on their way, and DeepSpeed refuses to gather those for an export; and none of them hear of shards that change in place.
-    A worker that is alone has nothing to fetch: its shard is the whole.
     """
-    if engine.zero_optimization_stage() == 3 and engine.dp_world_size > 1:
+    if engine.zero_optimization_stage() == 3:
         engine.empty_partition_cache()
 
 

@@ -14,7 +14,8 @@ from hone.recipe.method import (
     PrefixMethod,
     PromptMethod,
 )
-from hone.recipe.recipe import PublishSettings, Recipe, allowed_stages
+from hone.recipe.publish import Bounds, GateSettings, PublishSettings
+from hone.recipe.recipe import Recipe, allowed_stages
 from hone.recipe.search import AshaScheduler, Choice, Distribution, GridSearch, LogUniform, RandInt, SearchSettings, Uniform
 from hone.recipe.train import (
     CheckpointSettings,
@@ -31,12 +32,14 @@ __all__ = [
     "AshaScheduler",
     "AudioAugmentation",
     "AugmentSettings",
+    "Bounds",
     "CheckpointSettings",
     "Choice",
     "DataSettings",
     "Distribution",
     "FreezeMethod",
     "FullMethod",
+    "GateSettings",
     "GradualUnfreezing",
     "GridSearch",
     "GuardSettings",

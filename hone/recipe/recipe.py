@@ -14,6 +14,7 @@ from hone.recipe.data import DataSettings
 from hone.recipe.guard import GuardSettings, HealthSettings
 from hone.recipe.keys import all_keys
 from hone.recipe.method import LoraMethod, Method
+from hone.recipe.publish import PublishSettings, gate_metrics
 from hone.recipe.search import LogUniform, RandInt, SearchSettings, Uniform
 from hone.recipe.settings import Name, Settings
 from hone.recipe.train import (
@@ -26,14 +27,6 @@ from hone.recipe.train import (
     ZeroSettings,
 )
 from hone.tasks import TASKS, TaskName
-
-
-class PublishSettings(Settings):
-    """What happens to the result."""
-
-    enabled: bool = True
-    alias: Name | None = None
-    """Alias moved to the new version once it is published."""
 
 
 class Recipe(Settings):
@@ -72,6 +65,7 @@ class Recipe(Settings):
         _check_method(self)
         _check_augmentation(self)
         _check_guard(self)
+        _check_gate(self)
         for key, domain in (self.search.space if self.search else {}).items():
             _check_search_key(key)
             if isinstance(domain, LogUniform | Uniform | RandInt) and domain.upper <= domain.lower:
@@ -83,7 +77,8 @@ def allowed_stages(recipe: Recipe) -> list[Literal[0, 1, 2, 3]]:
     """The ZeRO stages under which the recipe can run at all, whatever it asks for."""
     if recipe.zero.offload_param:
         return [3]
-    stages: list[Literal[0, 1, 2, 3]] = [1, 2] if recipe.zero.offload_optimizer else [0, 1, 2]
+    needs_zero = recipe.zero.offload_optimizer or recipe.train.precision == "fp16"
+    stages: list[Literal[0, 1, 2, 3]] = [1, 2] if needs_zero else [0, 1, 2]
     return stages if _why_not_sharded(recipe) else [*stages, 3]
 
 
@@ -118,6 +113,8 @@ def _check_method(recipe: Recipe) -> None:
     reason = _why_not_sharded(recipe)
     if (recipe.zero.stage == 3 or recipe.zero.offload_param) and reason:
         raise ValueError(reason)
+    if recipe.zero.stage == 0 and recipe.train.precision == "fp16":
+        raise ValueError("train.precision fp16 needs zero.stage 1, 2 or 3: without ZeRO, DeepSpeed 0.19 does not scale the loss")
     if recipe.method.type == "prefix" and recipe.train.gradient_checkpointing:
         raise ValueError("train.gradient_checkpointing recomputes layers without the keys and values that method prefix puts before theirs")
     if recipe.preference != PreferenceSettings() and recipe.task != "preference":
@@ -159,6 +156,23 @@ def _check_guard(recipe: Recipe) -> None:
         raise ValueError("guard.kl_penalty: the task preference has its own penalty towards the base, preference.beta")
     if guard.kl_penalty and data.retain and not data.retain_fraction:
         raise ValueError("guard.kl_penalty is on the rows of data.retain that are mixed in, and data.retain_fraction is 0")
+
+
+def _check_gate(recipe: Recipe) -> None:
+    gate, data = recipe.publish.gate, recipe.data
+    if gate is None:
+        return
+    known = gate_metrics(recipe.task)
+    for section in ("metrics", "no_worse_than_alias"):
+        for name in getattr(gate, section):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise ValueError(f"publish.gate.{section}: {name!r} is not measured by task {recipe.task}; {hint}")
+    if (gate.metrics or gate.no_worse_than_alias) and not data.validation and not data.validation_fraction and not data.folds:
+        raise ValueError("publish.gate needs validation rows to be measured on; set data.validation or data.validation_fraction")
+    if gate.max_retain_loss_increase is not None and (data.retain is None or recipe.task == "preference"):
+        raise ValueError("publish.gate.max_retain_loss_increase is measured on data.retain, of any task but preference; leave it out")
 
 
 def _check_metric(section: str, metric: str, mode: str, metrics: list[str], task: str) -> None:

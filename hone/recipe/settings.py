@@ -9,6 +9,7 @@ from hone.ids import NAME_PATTERN
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 Source = Annotated[str, StringConstraints(min_length=1)]
 Sources = Source | Annotated[list[Source], Field(min_length=1)]
 

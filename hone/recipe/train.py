@@ -1,8 +1,8 @@
 """How the weights move: the optimiser, how long, what DeepSpeed shards, and the workers."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hone.recipe.settings import Fraction, Settings
 
@@ -48,8 +48,9 @@ class TrainSettings(Settings):
     """Steps between validations; by default once an epoch. There is always one before the first step and one at the end."""
     save_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints that a restarted run resumes from; by default as often as validation."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 on a GPU that has it and fp32 elsewhere."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto is bf16 on a GPU that has it and fp32 elsewhere. fp16 is for GPUs without bf16 (V100, T4): the loss is scaled so that small
+    gradients do not vanish, and a step whose gradients overflow is done again with half the scale; it needs ZeRO."""
     label_smoothing_factor: Fraction = 0.0
     """Share of each target's probability that is spread over all classes or tokens (https://arxiv.org/abs/1512.00567)."""
     dropout: Fraction | None = None
@@ -97,6 +98,21 @@ class ZeroSettings(Settings):
     """Keep the optimiser's state in the machine's memory and update weights there: for stages 1 to 3, where a GPU is too small."""
     offload_param: bool = False
     """Keep the frozen and trained weights there as well, and bring up each layer when it is needed: for stage 3."""
+    stage3_max_live_parameters: int = Field(default=1_000_000_000, ge=1)
+    """Elements of weights that a worker may hold gathered at stage 3, those that are fetched before their use among them: fewer take less
+    memory and wait more. DeepSpeed's own default."""
+    stage3_max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
+    """A weight that is used again within so many elements stays gathered at stage 3. DeepSpeed's own default."""
+
+    @field_validator("offload_optimizer", "offload_param", mode="before")
+    @classmethod
+    def _is_no_device(cls, value: Any, info: ValidationInfo) -> Any:
+        if value == "nvme" or (isinstance(value, dict) and value.get("device") == "nvme"):
+            raise ValueError(
+                f"zero.{info.field_name}: state on NVMe is not supported, because checkpoints take weights and moments from memory, piece "
+                "by piece; true keeps them in the machine's memory"
+            )
+        return value
 
     @model_validator(mode="after")
     def _can_offload(self) -> "ZeroSettings":

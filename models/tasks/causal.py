@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from hone.base_model import BaseModel
 from hone.errors import BaseModelError
-from models.linear_cross_entropy import linear_cross_entropy
+from models.loss_head import LossHead
 from models.tasks.language import LanguageTask
 from models.tasks.task import IGNORED, PLAIN, Batch, Inputs, LossOptions, Sums, TokenRow, ids_of, pad
 
@@ -84,9 +84,8 @@ def token_loss(model: Any, batch: Batch, *, label_smoothing: float = 0.0) -> tup
         summed = cross_entropy(logits, batch["targets"], reduction="sum", label_smoothing=label_smoothing)
         return summed, (logits.argmax(-1) == batch["targets"]).sum()
     hidden = parts.backbone(**inputs_of(batch), use_cache=False).last_hidden_state.flatten(0, 1)
-    return linear_cross_entropy(
-        hidden[batch["predicted_at"]], parts.head.weight, parts.head.bias, batch["targets"], label_smoothing=label_smoothing
-    )
+    loss, right = LossHead.of(parts.head)(hidden[batch["predicted_at"]], batch["targets"], label_smoothing=label_smoothing)
+    return loss, right
 
 
 def logits_at(model: Any, batch: Batch, places: torch.Tensor) -> torch.Tensor:
@@ -114,8 +113,8 @@ class HeadAndBackbone:
 def split_head(model: Any) -> HeadAndBackbone | None:
     """The model without its head, and the head, where the head is nothing but one linear layer; else None.
 
-    Some architectures cap or scale the logits after it (Gemma 2, Granite, Cohere). Under ZeRO-3 the head's weight is elsewhere until its
-    own forward pass gathers it. What prompt and prefix tuning learn goes in where the whole model is called.
+    Some architectures cap or scale the logits after it (Gemma 2, Granite, Cohere). What prompt and prefix tuning learn goes in where the
+    whole model is called.
     """
     if learns_prompt(model):
         return None
@@ -123,9 +122,17 @@ def split_head(model: Any) -> HeadAndBackbone | None:
     head, backbone = causal.get_output_embeddings(), causal.base_model
     config = causal.config.get_text_config()
     changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS)
-    if backbone is causal or type(head) is not torch.nn.Linear or changed or hasattr(head.weight, "ds_id"):
+    if backbone is causal or type(head) not in (torch.nn.Linear, LossHead) or changed:
         return None
     return HeadAndBackbone(backbone, head)
+
+
+def take_loss_in_head(model: Any) -> None:
+    """Put a `LossHead` in place of the head, where `split_head` finds one; everything else about the model stays as it is."""
+    parts = split_head(model)
+    if parts is not None:
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal.set_output_embeddings(LossHead.of(parts.head))
 
 
 def learns_prompt(model: Any) -> bool:

@@ -20,6 +20,8 @@ PARTS = ((2, 7), (1, 7), (2, 0))
 """Workers, and after how many steps they are gone; each has a checkpoint of the step before."""
 TRAIN = {"save_steps": 100, "eval_steps": 5}
 FULL = {"optim": {"learning_rate": 1e-3}}
+LITTLE = {"stage3_max_live_parameters": 20_000, "stage3_max_reuse_distance": 20_000}
+"""Less than the model has, as it is of a large one."""
 CASES: dict[str, dict[str, Any]] = {
     **{f"lora, {stage}": {"task": "chat", "method": {"type": "lora"}, "stage": stage} for stage in (0, 1, 2, 3)},
     **{f"full, {stage}": {"task": "chat", "method": {"type": "full"}, "stage": stage, **FULL} for stage in (0, 1, 2, 3)},
@@ -30,6 +32,15 @@ CASES: dict[str, dict[str, Any]] = {
         "method": {"type": "full"},
         "stage": 3,
         "zero": {"offload_optimizer": True, "offload_param": True},
+        **FULL,
+    },
+    "full, little gathered, 3": {"task": "chat", "method": {"type": "full"}, "stage": 3, "zero": LITTLE, **FULL},
+    "full, little gathered, average, 3": {
+        "task": "chat",
+        "method": {"type": "full"},
+        "stage": 3,
+        "zero": LITTLE,
+        "train": {"ema_decay": 0.9},
         **FULL,
     },
     "gradual unfreezing, 0": {"task": "text-classification", "method": {"type": "full", **SLOW_START}, "stage": 0, **FULL},

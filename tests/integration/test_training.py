@@ -91,6 +91,17 @@ def test_what_is_published_answers_as_it_did_in_training(
     assert (job.status, job.result) == ("succeeded", "bot@1")
 
 
+def test_a_run_that_does_not_hold_to_its_gate_is_published_without_its_alias(llama: Path, rows: Path, home: Home, tmp_path: Path) -> None:
+    gate = {"metrics": {"eval_loss": {"at_most": 0.001}, "eval_perplexity": {"at_least": 1}}}
+    assert run(tmp_path, tree(llama, rows, publish={"alias": "prod", "gate": gate}), home, "--run-id", "r1") == 0
+    registry = Registry(home)
+    assert str(registry.resolve("bot").ref) == "bot@1"
+    assert registry.aliases() == {}
+    refused = json.loads((home.runs / "r1" / "result.json").read_text())["alias_refused"]
+    # The interval is there because it was held against the evaluation; the other bound holds.
+    assert re.match(r"bot@1: eval_loss \S+ \[\S+, \S+\] is not at most 0\.001; there is no 'prod' yet\.", refused)
+
+
 def test_bf16_and_recomputed_activations_learn_as_fp32_does(llama: Path, rows: Path, home: Home) -> None:
     sections: dict[str, Any] = {"method": {"type": "lora"}, "zero": {"stage": 3}}
     exact = prepare_job(recipe(llama, rows, **sections), home=home, run_id="fp32")

@@ -3,13 +3,11 @@
 Nothing is renamed and nothing is written over, so a folder and an object store do alike. A folder without `checkpoint.json` is no
 checkpoint; one with a part that is not what its digest says is a damaged one.
 
-Parts are written here and not by safetensors' own `save_file`, which holds Python's lock while it writes and would make training wait;
-and the digest is of what was meant to be written, so what the disk made of it is noticed.
+Parts are written here and not by safetensors' own `save_file`, which would make training wait (see training.safetensors_file); and the
+digest is of what was meant to be written, so what the disk made of it is noticed.
 """
 
 import hashlib
-import json
-import struct
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -19,20 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hone.errors import HoneError
 from hone.folder import Folder
+from training.safetensors_file import header_of, read_header
 
 FORMAT = 1
 INDEX = "checkpoint.json"
-DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-SAVED_AS = {name: dtype for dtype, name in DTYPES.items()}
 BLOCK = 16 * 2**20
 
 
@@ -84,17 +72,10 @@ def folder_name(step: int, attempt: int) -> str:
 
 
 def write_part(folder: Folder, name: str, tensors: Mapping[str, torch.Tensor]) -> Part:
-    """Write tensors on the CPU as one safetensors file (https://github.com/huggingface/safetensors#format)."""
-    header, offset = {}, 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    said = json.dumps(header).encode()
-    said += b" " * (-len(said) % 8)
+    """Write tensors on the CPU as one safetensors file."""
     digest, size = hashlib.sha256(), 0
     with folder.writer(name) as file:
-        for block in [struct.pack("<Q", len(said)), said, *map(_bytes_of, tensors.values())]:
+        for block in [header_of(tensors), *map(_bytes_of, tensors.values())]:
             view = memoryview(block)
             for start in range(0, len(view), BLOCK):  # the lock of Python is free while a block is digested and written
                 digest.update(view[start : start + BLOCK])
@@ -202,7 +183,7 @@ class PieceReader:
         low, high = max(start, first), min(start + values.numel(), end)
         if low >= high:
             return 0
-        width = torch.empty(0, dtype=dtype).element_size()
+        width = dtype.itemsize
         file = self._file(name)
         file.seek(offset + (low - first) * width)
         found = torch.frombuffer(bytearray(file.read((high - low) * width)), dtype=dtype)
@@ -216,13 +197,11 @@ class PieceReader:
 
     def _index(self, name: str) -> None:
         with self._folder.opened(name) as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for key, about in header.items():
+            entries = read_header(file)
+        for key, entry in entries.items():
             tensor, _, start = key.rpartition("@")
-            first, (low, high), dtype = int(start), about["data_offsets"], SAVED_AS[about["dtype"]]
-            count = (high - low) // torch.empty(0, dtype=dtype).element_size()
-            self._runs.setdefault(tensor, []).append((first, first + count, name, 8 + length + low, dtype))
+            end = int(start) + entry.size // entry.dtype.itemsize
+            self._runs.setdefault(tensor, []).append((int(start), end, name, entry.offset, entry.dtype))
 
 
 def key_of(kind: str, name: str, start: int | None = None) -> str:

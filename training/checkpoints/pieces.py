@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from training.ema import MovingAverage
+from training.loss_scale import LossScale
 from training.zero import shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -25,7 +26,7 @@ class Piece:
     """A run of one tensor's elements."""
 
     kind: str
-    """weight, exp_avg, exp_avg_sq, average or buffer."""
+    """weight, exp_avg, exp_avg_sq, average, buffer or loss_scale."""
     name: str
     """Of the parameter or buffer."""
     start: int
@@ -50,7 +51,7 @@ class _Held:
 
 
 class TrainedState:
-    """The weights that train, their moments, their moving average, and the model's buffers."""
+    """The weights that train, their moments, their moving average, the model's buffers, and the loss scale of fp16."""
 
     def __init__(self, optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], module: Any, average: MovingAverage | None) -> None:
         """
@@ -62,6 +63,7 @@ class TrainedState:
         """
         self._optimizer, self._parameters, self._module, self._average = optimizer, parameters, module, average
         self._inner = getattr(optimizer, "optimizer", optimizer)
+        self.loss_scale = LossScale(optimizer)
         self._is_cut = hasattr(optimizer, "update_lp_params") or hasattr(optimizer, "fp32_partitioned_groups_flat")
 
     def pieces(self) -> Iterator[Piece]:
@@ -78,6 +80,8 @@ class TrainedState:
                 yield Piece("average", name, start, mean, not self._average.is_sharded)
         for name, buffer in self._buffers().items():
             yield Piece("buffer", name, 0, buffer.detach().view(-1), True)
+        if self.loss_scale.is_used:
+            yield Piece("loss_scale", "", 0, self.loss_scale.values(), True)
 
     def steps(self) -> dict[str, int]:
         """How often AdamW has moved each parameter that this rank holds a part of; it divides its moments by what follows from that."""
@@ -103,6 +107,8 @@ class TrainedState:
     def take_up(self) -> None:
         """Let the model have the weights that were put into the pieces. Every rank takes part."""
         optimizer = self._optimizer
+        if self.loss_scale.is_used:
+            self.loss_scale.take_up()
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)

@@ -49,6 +49,7 @@ def resume(job: Job, state: TrainedState, worker: Worker) -> Resumed:
         _refuse_unproven(job, checkpoint, worker)
         _load(state, folder, checkpoint, worker)
         return _begin(job, worker, checkpoint, passed_over)
+    state.begin_moments({})  # without ZeRO, in 16 bits, DeepSpeed lets AdamW take a step of nothing when it is made, which would count
     return _begin(job, worker, None, passed_over)
 
 

@@ -1,6 +1,7 @@
 """What an evaluation leaves in the run folder, by name."""
 
-EVALUATION_FILE = "evaluation.json"
+from hone.manifest import EVALUATION_FILE as EVALUATION_FILE
+
 PREDICTIONS_FILE = "predictions.parquet"
 VERDICT_FILE = "verdict.json"
 REPORT_FILE = "report.html"

@@ -44,10 +44,7 @@ class Asked:
     counts: Counts
     work: Work
     method: str
-    whole: Activations
-    """Of stages 0 to 2."""
-    sharded: Activations
-    """Of stage 3, where the head's weight is elsewhere until its own pass."""
+    activations: Activations
     global_batch_size: int
     fullness: float
     stages: Sequence[Stage]
@@ -55,13 +52,16 @@ class Asked:
     micro_batch_size: int | None
     """None for auto."""
     offload: Offload = NOTHING_MOVED
-
-    def activations(self, stage: Stage) -> Activations:
-        return self.sharded if stage == 3 else self.whole
+    sequence_parallel_size: int = 1
+    """Workers that share each row, so that together they take the share of a step that one would."""
 
     def largest(self, workers: int) -> int:
-        """Rows of a portion that takes all of a worker's share of a step."""
-        return -(-self.global_batch_size // workers)
+        """Rows of a portion that takes all of a worker's (or its group's) share of a step."""
+        return -(-self.global_batch_size // self.groups(workers))
+
+    def groups(self, workers: int) -> int:
+        """Among how many the rows of a step are shared out."""
+        return workers // self.sequence_parallel_size
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,17 @@ def best(made: Sequence[Choice]) -> Choice | None:
 
 
 def _choice(asked: Asked, stage: Stage, rows: int, workers: int, cluster: Cluster, hardware: Hardware, *, largest: int) -> Choice:
-    portions = portions_of(asked.work.rows_a_step, workers=workers, micro_batch_size=rows, fullness=asked.fullness)
+    portions = portions_of(asked.work.rows_a_step, workers=asked.groups(workers), micro_batch_size=rows, fullness=asked.fullness)
     how_fast = speed(
-        asked.work, asked.counts, stage, workers=workers, portions=portions, cluster=cluster, hardware=hardware, method=asked.method
+        asked.work,
+        asked.counts,
+        stage,
+        workers=workers,
+        portions=portions,
+        cluster=cluster,
+        hardware=hardware,
+        method=asked.method,
+        sequence_parallel_size=asked.sequence_parallel_size,
     )
     return Choice(
         stage=stage,
@@ -147,7 +155,7 @@ def _largest(asked: Asked, stage: Stage, *, workers: Sequence[int], cluster: Clu
 
 def _memory(asked: Asked, stage: Stage, rows: int, *, workers: int, on_gpu: bool) -> Memory:
     """With portions of so many rows, as far as a worker's share of a step has as many."""
-    need = asked.activations(stage).of(min(rows, asked.largest(workers)))
+    need = asked.activations.of(min(rows, asked.largest(workers)))
     return memory(asked.counts, stage, workers=workers, activations=need, on_gpu=on_gpu, offload=asked.offload)
 
 

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 
 from training.plan.trace import Need
-from training.zero import MOST_GATHERED, bucket_elements, elements
+from training.zero import bucket_elements, elements
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
@@ -68,6 +68,8 @@ class Counts:
     """Elements of the module that has the most weights of its own."""
     kept_whole: int = 0
     """Elements of the parameters that stage 3 does not shard."""
+    most_gathered: int = 1_000_000_000
+    """Elements that stage 3 may hold gathered, as `zero.stage3_max_live_parameters` and `zero.stage3_max_reuse_distance` say."""
     saved_by_one: bool = False
     """Whether rank 0 takes the state of all for a checkpoint, as it does of adapters."""
 
@@ -166,7 +168,7 @@ def _weights(counts: Counts, stage: Stage, *, workers: int) -> tuple[int, int]:
     """(What passes work with, what is at rest)."""
     if stage < 3:
         return counts.total * counts.bytes_each, 0
-    gathered = counts.kept_whole + counts.largest + MOST_GATHERED // 2 + FETCHED_AHEAD
+    gathered = counts.kept_whole + counts.largest + counts.most_gathered // 2 + FETCHED_AHEAD
     return min(counts.total, gathered) * counts.bytes_each, _part(counts.total, workers) * counts.bytes_each
 
 

@@ -3,8 +3,7 @@
 A plan is made once for a run, when its job is prepared. From then on the recipe holds numbers, at whatever number of workers it goes on.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +16,12 @@ from hone.errors import ResourceError
 from hone.methods import METHODS as METHOD_FACTS
 from hone.recipe import Recipe, allowed_stages, with_overrides
 from models.methods import METHODS
+from models.slices import slice_of
 from models.tasks import TASKS, Head, Inputs, Task
 from training.batches import batch_plan
 from training.forward import TaskModule, choose_packing
 from training.job import PreparedData
-from training.model import build_on_meta
+from training.model import DTYPES, build_on_meta
 from training.plan.choose import USABLE, Activations, Asked, Choice, best, choices
 from training.plan.hardware import Cluster, Hardware, Prices
 from training.plan.memory import STAGES, Offload, count
@@ -97,7 +97,8 @@ def make_plan(recipe: Recipe, base: Base, data: PreparedData, *, cluster: Cluste
     Raises:
         ResourceError: the cluster has not as many workers as the recipe asks for.
     """
-    fewest, most = recipe.scaling.fewest, min(recipe.scaling.most, cluster.size)
+    size = recipe.scaling.sequence_parallel_size
+    fewest, most = recipe.scaling.fewest, min(recipe.scaling.most, cluster.size - cluster.size % size)
     if fewest > cluster.size:
         raise ResourceError(
             f"scaling.num_workers {recipe.scaling.workers}: {cluster} has room for {cluster.size}; lower it, or plan for a larger cluster"
@@ -156,33 +157,34 @@ def ask(recipe: Recipe, base: Base, data: PreparedData, *, on_gpu: bool, dtype: 
     counts = count(model, dtype=dtype, kept_whole=kept_whole(recipe))
     needs_reference = bool(recipe.guard.kl_penalty) and not METHOD_FACTS[recipe.method.type].keeps_base
     copies = (counts.total * counts.bytes_each if needs_reference else 0) + (4 * counts.trained if recipe.train.ema_decay else 0)
-    counts = replace(counts, copies=copies, saved_by_one=METHOD_FACTS[recipe.method.type].keeps_base)
+    gathered = max(recipe.zero.stage3_max_live_parameters, recipe.zero.stage3_max_reuse_distance)
+    counts = replace(counts, copies=copies, most_gathered=gathered, saved_by_one=METHOD_FACTS[recipe.method.type].keeps_base)
 
     rows = TokenRows(data, "train")
     longest = int(np.argmax(rows.lengths))
     row = rows.take(np.array([longest]))[0]
     micro = None if recipe.train.micro_batch_size == "auto" else recipe.train.portion
-    most = min(-(-recipe.train.global_batch_size // recipe.scaling.fewest), MOST_TRACED)
+    shared_by = recipe.scaling.sequence_parallel_size
+    most = min(-(-recipe.train.global_batch_size // (recipe.scaling.fewest // shared_by)), MOST_TRACED)
     sizes = sorted({1, most, micro or 1})
     module = TaskModule(model, task, method, train=recipe.train, beta=recipe.preference.beta)
-    tracer = _Tracer(module, task, row, _inputs(task, base, data), packed=packed, on_gpu=on_gpu)
-    whole = tracer.of(sizes)
-    with _head_elsewhere(model):
-        sharded = tracer.of(sizes)
+    tracer = _Tracer(module, task, row, _inputs(task, base, data), packed=packed, shared_by=shared_by, on_gpu=on_gpu)
+    traced = tracer.of(sizes)
     plan = batch_plan(recipe, data.sources)
     rows_a_step = sum(source.per_epoch for source in plan.sources) / plan.steps_per_epoch
     mean, most_cost = float(rows.lengths.mean()), int(rows.lengths[longest])
+    largest, units = traced[sizes[-1]].further, sizes[-1] * most_cost
     return Asked(
         counts=counts,
-        work=Work(plan.total_steps, rows_a_step, mean, whole[sizes[-1]].further.flops / (sizes[-1] * most_cost)),
+        work=Work(plan.total_steps, rows_a_step, mean, largest.flops * shared_by / units, largest.exchanged / units),
         method=recipe.method.type,
-        whole=_activations(whole),
-        sharded=_activations(sharded),
+        activations=Activations({rows: each.further.need for rows, each in traced.items()}),
         global_batch_size=recipe.train.global_batch_size,
         fullness=mean / most_cost if packed else 1.0,
         stages=allowed_stages(recipe),
         micro_batch_size=micro,
         offload=Offload(recipe.zero.offload_optimizer, recipe.zero.offload_param),
+        sequence_parallel_size=shared_by,
     )
 
 
@@ -190,15 +192,18 @@ def dtype_on(recipe: Recipe, cluster: Cluster) -> torch.dtype:
     """The type that workers there will choose."""
     if recipe.train.precision == "auto":
         return torch.bfloat16 if cluster.on_gpu and cluster.kind not in NO_BF16 else torch.float32
-    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    return DTYPES[recipe.train.precision]
 
 
 class _Tracer:
-    """Passes over portions of the data set's longest row, over and over."""
+    """Passes over portions of the data set's longest row, over and over; where several workers share them, over the slice that has the most
+    targets, which the other workers wait for."""
 
-    def __init__(self, module: TaskModule, task: Task, row: dict[str, Any], inputs: Inputs, *, packed: bool, on_gpu: bool) -> None:
+    def __init__(
+        self, module: TaskModule, task: Task, row: dict[str, Any], inputs: Inputs, *, packed: bool, shared_by: int, on_gpu: bool
+    ) -> None:
         self._module, self._task, self._row, self._inputs = module, task, row, inputs
-        self._packed, self._on_gpu = packed, on_gpu
+        self._packed, self._shared_by, self._on_gpu = packed, shared_by, on_gpu
 
     def of(self, sizes: Iterable[int]) -> dict[int, Traced]:
         """By rows of a portion."""
@@ -206,26 +211,10 @@ class _Tracer:
 
     def _trace(self, rows: int) -> Traced:
         batch = self._task.collate([self._row] * rows, inputs=self._inputs, packed=self._packed)
+        if self._shared_by > 1:
+            cut = [slice_of(batch, number=n, of=self._shared_by, pad_token_id=self._inputs.pad_token_id) for n in range(self._shared_by)]
+            batch = max(cut, key=lambda part: part["targets"].numel())
         return trace(self._module, batch, on_gpu=self._on_gpu)
-
-
-@contextmanager
-def _head_elsewhere(model: Any) -> Iterator[None]:
-    """A block in which the model's head looks as it does under ZeRO-3 outside its own forward pass (see `split_head`)."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
-    if weight is None:
-        yield
-        return
-    weight.ds_id = 0
-    try:
-        yield
-    finally:
-        del weight.ds_id
-
-
-def _activations(traced: dict[int, Traced]) -> Activations:
-    return Activations({rows: each.further.need for rows, each in traced.items()})
 
 
 def _inputs(task: Task, base: Base, data: PreparedData) -> Inputs:
@@ -252,10 +241,12 @@ def _offloaded(recipe: Recipe, asked: Asked, workers: list[int], cluster: Cluste
 
 
 def _numbers(recipe: Recipe, cluster: Cluster) -> list[int]:
-    """Of workers: the recipe's, and powers of two that share the rows of a step evenly; no more than there is room for."""
-    batch = recipe.train.global_batch_size
-    doubled = [2**n for n in range(cluster.size.bit_length()) if 2**n <= cluster.size and batch % 2**n == 0]
-    return sorted({recipe.scaling.fewest, min(recipe.scaling.most, cluster.size), *doubled})
+    """Of workers: the recipe's, and powers of two (of those that share rows) among which the rows of a step divide; no more than there is
+    room for."""
+    batch, size = recipe.train.global_batch_size, recipe.scaling.sequence_parallel_size
+    groups = cluster.size // size
+    doubled = [size * 2**n for n in range(groups.bit_length()) if 2**n <= groups and batch % 2**n == 0]
+    return sorted({recipe.scaling.fewest, min(recipe.scaling.most, groups * size), *doubled})
 
 
 def _option(choice: Choice, price: float | None) -> Option:

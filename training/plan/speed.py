@@ -13,7 +13,9 @@ instead of one batch, and for frozen weights, which are gathered but have no gra
     stage 2       T a portion, whose gradients are scattered at once, and T a step
     stage 3       2 P and T a portion: weights gathered forward and backward, gradients scattered
 
-times (N - 1) / N. Nothing is assumed to overlap with computing. Validation, checkpoints, offloading and the start of workers are not in it.
+times (N - 1) / N. Workers that share rows exchange queries, keys, values and answers besides, in each layer of each pass; the trace counts
+how much. They are neighbours, and most often on one node. Nothing is assumed to overlap with computing. Validation, checkpoints, offloading
+and the start of workers are not in it.
 """
 
 import math
@@ -33,6 +35,8 @@ class Work:
     """Tokens of a row, on average, or 1 where rows are not tokens."""
     flops_a_unit: float
     """Floating point operations for each of them, forward and backward."""
+    exchanged_a_unit: float = 0.0
+    """Bytes that each of the workers that share a row sends to the others for each of them, forward and backward."""
 
     @property
     def units(self) -> float:
@@ -51,7 +55,16 @@ class Speed:
 
 
 def speed(
-    work: Work, counts: Counts, stage: Stage, *, workers: int, portions: int, cluster: Cluster, hardware: Hardware, method: str
+    work: Work,
+    counts: Counts,
+    stage: Stage,
+    *,
+    workers: int,
+    portions: int,
+    cluster: Cluster,
+    hardware: Hardware,
+    method: str,
+    sequence_parallel_size: int = 1,
 ) -> Speed:
     """Time of a run on some of a cluster's accelerators.
 
@@ -64,14 +77,17 @@ def speed(
         cluster: What they are.
         hardware: What is known and assumed of them.
         method: Of fine-tuning.
+        sequence_parallel_size: How many of them share each row.
     """
     kind = hardware.kinds[cluster.kind]
     flops = work.rows_a_step * work.cost_a_row * work.flops_a_unit / workers
     computing = flops / (kind.tflops * 1e12 * hardware.utilisation[method])
     sent = sent_a_step(counts, stage, workers=workers, portions=portions)
-    a_step = computing + sent / (link_gbs(workers, cluster, hardware) * 1e9)
+    exchanged = work.rows_a_step * work.cost_a_row * sequence_parallel_size / workers * work.exchanged_a_unit
+    sending = sent / link_gbs(workers, cluster, hardware) + exchanged / link_gbs(sequence_parallel_size, cluster, hardware)
+    a_step = computing + sending / 1e9
     seconds = work.steps * a_step
-    return Speed(work.rows_a_step * work.cost_a_row / a_step, seconds, seconds * workers / 3600, sent)
+    return Speed(work.rows_a_step * work.cost_a_row / a_step, seconds, seconds * workers / 3600, sent + exchanged)
 
 
 def sent_a_step(counts: Counts, stage: Stage, *, workers: int, portions: int) -> float:
@@ -90,5 +106,6 @@ def link_gbs(workers: int, cluster: Cluster, hardware: Hardware) -> float:
 
 
 def portions_of(rows_a_step: float, *, workers: int, micro_batch_size: int, fullness: float) -> int:
-    """Forward passes of a worker in a step; `fullness` is the mean length of a row as a share of the longest, where rows are packed."""
+    """Forward passes of a worker (or of those that share rows) in a step; `fullness` is the mean length of a row as a share of the longest,
+    where rows are packed."""
     return max(1, math.ceil(rows_a_step * fullness / (workers * micro_batch_size)))

@@ -2,7 +2,8 @@
 
 What a pass needs is read off the pass itself instead of a formula for each architecture, task and method: the tensors that autograd
 keeps and the moment at which it lets each of them go, what gradient checkpointing computes again, the logits at the targets alone and a
-few at a time, the path that an adapter's gradients take through frozen layers. Operators are counted as torch's own counter does
+few at a time, the path that an adapter's gradients take through frozen layers. Of a slice of rows that several workers share it is that one
+worker's pass, with the exchange round attention (`training/sequence.py`) in it. Operators are counted as torch's own counter does
 (`torch.utils.flop_counter`): two for a multiplication with its addition, for matrix products and attention alone.
 """
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from models import attention, linear_cross_entropy
+from training.sequence import copies
 
 META = torch.device("meta")
 COUNTED = "hone_counted"
@@ -49,6 +51,8 @@ class Pass:
 
     events: tuple[Event, ...]
     flops: int
+    exchanged: int = 0
+    """Bytes sent to those that have the other slices."""
 
     @property
     def need(self) -> "Need":
@@ -81,7 +85,7 @@ def trace(module: Any, batch: dict[str, torch.Tensor], *, beside: dict[str, torc
 
     Args:
         module: A `TaskModule`, whose loss is taken.
-        batch: One portion, as it would go in.
+        batch: One portion, as it would go in, or a slice of it.
         beside: Rows for the penalty on moving away from the base.
         on_gpu: Whether it is to run on a GPU, where kernels differ.
     """
@@ -101,7 +105,7 @@ def _pass(module: Any, batch: dict[str, torch.Tensor], beside: dict[str, torch.T
         loss, measured, divergence = module(batch, beside=beside)
         (loss + divergence).backward()
         del loss, measured, divergence
-    return Pass(tuple(counting.events), counting.flops)
+    return Pass(tuple(counting.events), counting.flops, counting.exchanged)
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -110,7 +114,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
-        self.flops = 0
+        self.flops = self.exchanged = 0
         self._known: dict[int, int] = {}
         self._made = 0
 
@@ -167,17 +171,36 @@ def _standing_in(model: Any, *, on_gpu: bool) -> Iterator[None]:
 
 def _on_gpu(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any) -> Any:  # noqa: ARG001
     """As `varlen_attn`: keys and values for each head; rows in one call."""
+    query, key, value, slices = _whole(query, key, value, options)
     groups = query.shape[1] // key.shape[1]
     made = _Attention.apply(query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), _pairs(query, key, options))  # type: ignore[no-untyped-call]
-    return made.transpose(1, 2), None
+    return _sliced(made, slices).transpose(1, 2), None
 
 
 def _on_cpu(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any) -> Any:  # noqa: ARG001
     """As one call for each row: what they answer is laid end to end, so it is there twice."""
+    query, key, value, slices = _whole(query, key, value, options)
     made = _Attention.apply(query, key, value, _pairs(query, key, options))  # type: ignore[no-untyped-call]
     if options.get("cu_seq_lens_q") is not None:
         made = made.clone()
-    return made.transpose(1, 2), None
+    return _sliced(made, slices).transpose(1, 2), None
+
+
+def _whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> Any:
+    """All of the sequence of some heads for a slice of it of all heads, where that is what comes in; and how many slices there are."""
+    bounds = options.get("cu_seq_lens_q")
+    slices = 1 if bounds is None else int(bounds[-1]) // query.shape[2]
+    if slices == 1:
+        return query, key, value, 1
+    times = copies(query.shape[1], key.shape[1], slices)
+    parts = (query, key.repeat_interleave(times, 1), value.repeat_interleave(times, 1))
+    return *(_Exchange.apply(part, slices, 1, 2) for part in parts), slices  # type: ignore[no-untyped-call]
+
+
+def _sliced(made: torch.Tensor, slices: int) -> torch.Tensor:
+    """The way back."""
+    back: torch.Tensor = _Exchange.apply(made, slices, 2, 1) if slices > 1 else made  # type: ignore[no-untyped-call]
+    return back
 
 
 def _pairs(query: torch.Tensor, key: torch.Tensor, options: dict[str, Any]) -> int:
@@ -207,11 +230,40 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
+class _Exchange(torch.autograd.Function):
+    """As `deepspeed.sequence.layer`: laid out for the others, received, and laid out as it is used."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, slices: int, scattered: int, gathered: int) -> torch.Tensor:
+        ctx.way = slices, scattered, gathered
+        return _exchanged(part, slices, scattered, gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        slices, scattered, gathered = ctx.way
+        return _exchanged(gradient, slices, gathered, scattered), None, None, None
+
+
+def _exchanged(part: torch.Tensor, slices: int, scattered: int, gathered: int) -> torch.Tensor:
+    """[1, heads, tokens, width] with one of those divided, and the other multiplied, by the number of slices."""
+    shape = list(part.shape)
+    shape[scattered] //= slices
+    shape[gathered] *= slices
+    laid = part.new_empty(part.shape)
+    received = torch.empty_like(laid)
+    _mode().exchanged += part.numel() * part.itemsize * (slices - 1) // slices
+    return received.view(shape).clone()
+
+
 def _count(flops: int) -> None:
     """Tell the mode that watches."""
+    _mode().flops += flops
+
+
+def _mode() -> _Counting:
     mode = torch.utils._python_dispatch._get_current_dispatch_mode()
     assert isinstance(mode, _Counting)
-    mode.flops += flops
+    return mode
 
 
 def _on_meta(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import torch
 
 from training.plan.memory import CPU_PROCESS, FETCHED_AHEAD, HOST_PROCESS, Counts, Offload, count, memory
 from training.plan.trace import Event, Need, Pass
-from training.zero import LARGEST_BUCKET, MOST_GATHERED, bucket_elements, fit_buckets
+from training.zero import LARGEST_BUCKET, bucket_elements, fit_buckets
 
 NOTHING = Need(0, 0)
 FP32 = Counts(total=1000, trained=1000, bytes_each=4, largest=300, kept_whole=100)
@@ -46,7 +46,7 @@ def test_a_bucket_is_what_deepspeed_is_told_to_make(counts: Counts, bucket: int)
 
 def test_stage_3_gathers_what_deepspeed_is_told_to_keep_and_no_more_than_there_is() -> None:
     held = memory(LORA, 3, workers=8, activations=NOTHING, on_gpu=True)
-    assert held.weights == 2 * (LORA.total // 8 + LORA.kept_whole + LORA.largest + MOST_GATHERED // 2 + FETCHED_AHEAD)
+    assert held.weights == 2 * (LORA.total // 8 + LORA.kept_whole + LORA.largest + LORA.most_gathered // 2 + FETCHED_AHEAD)
     small = Counts(total=1000, trained=1000, bytes_each=4, largest=600, kept_whole=900)
     assert memory(small, 3, workers=2, activations=NOTHING, on_gpu=False).weights == 4 * (500 + 1000)
 

@@ -77,7 +77,7 @@ def test_every_task_and_method_can_be_traced(place: Place, task: str, method: st
     asked = place.ask(place.recipe(task, method))
     assert asked.counts.total > asked.counts.trained > 0 or method == "full"
     assert asked.work.flops_a_unit > 0
-    assert asked.whole.of(8).live > asked.whole.of(1).live > 0
+    assert asked.activations.of(8).live > asked.activations.of(1).live > 0
 
 
 def flops(place: Place, method: str, **train: Any) -> tuple[float, Asked]:
@@ -99,10 +99,10 @@ def test_operators_are_those_of_the_gradients_that_are_taken(place: Place) -> No
 def test_checkpointing_and_sixteen_bits_take_less_memory(place: Place) -> None:
     plain = place.ask(place.recipe("chat", "full"))
     again = place.ask(place.recipe("chat", "full", train={"gradient_checkpointing": True}))
-    assert again.whole.of(8).live < plain.whole.of(8).live
+    assert again.activations.of(8).live < plain.activations.of(8).live
     half = place.ask(place.recipe("chat", "full"), on="1xH100")
     assert half.counts.bytes_each == 2
-    assert half.whole.of(8).live < plain.whole.of(8).live
+    assert half.activations.of(8).live < plain.activations.of(8).live
 
 
 def test_a_plan_recommends_what_fits_and_says_what_it_costs(place: Place) -> None:
@@ -159,6 +159,31 @@ def test_an_elastic_recipe_is_planned_at_both_ends_and_has_to_fit_at_both(place:
         place.settled(recipe, crowded)
     assert place.settled(place.recipe("chat", zero={"stage": "auto"}), crowded).zero.stage in (0, 1, 2, 3)
     assert place.plan(recipe, on="2xCPU:8GiB").workers == [1, 2]  # as many as there is room for
+
+
+def test_workers_that_share_rows_hold_a_slice_of_each_and_send_it_round_attention(place: Place) -> None:
+    alone = place.ask(place.recipe("chat", "full"))
+    shared = place.ask(place.recipe("chat", "full", scaling={"num_workers": 2, "sequence_parallel_size": 2}))
+    assert 0.4 * alone.activations.of(8).live < shared.activations.of(8).live < 0.65 * alone.activations.of(8).live
+    assert shared.work.flops_a_unit == pytest.approx(alone.work.flops_a_unit, rel=0.1)
+    assert (shared.largest(2), shared.largest(4), alone.largest(4)) == (32, 16, 8)
+    layers, heads, key_values, width = 2, 4, 2, 8
+    there_and_back = (
+        2 * layers * (2 * heads + 2 * key_values) * width * 4
+    )  # bytes for each token; a half is a worker's, and half of it stays
+    assert shared.work.exchanged_a_unit == pytest.approx(there_and_back / 4, rel=0.02)
+    assert alone.work.exchanged_a_unit == 0
+
+
+def test_workers_that_share_rows_are_planned_in_groups(place: Place) -> None:
+    shared = {"num_workers": [2, 6], "sequence_parallel_size": 2}
+    recipe = place.recipe("chat", train={"micro_batch_size": "auto"}, scaling=shared)
+    plan = place.plan(recipe, on="5xCPU:8GiB")
+    assert plan.workers == [2, 4]  # a fifth would be left over
+    assert [each.workers for each in plan.others] == [2, 4]
+    assert plan.as_it_is is not None
+    assert plan.as_it_is.micro_batch_size == 32  # all rows of a step, as two workers have them together
+    assert [each.workers for each in place.plan(recipe, on="8xH100").others] == [2, 4, 6, 8]
 
 
 def test_offloading_leaves_only_the_stages_that_can(place: Place) -> None:

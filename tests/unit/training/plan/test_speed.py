@@ -20,8 +20,7 @@ def asked(**changes: object) -> Asked:
         "counts": COUNTS,
         "work": WORK,
         "method": "full",
-        "whole": ROOM,
-        "sharded": ROOM,
+        "activations": ROOM,
         "global_batch_size": 64,
         "fullness": 1.0,
         "stages": STAGES,
@@ -43,6 +42,16 @@ def test_time_is_work_over_the_share_of_the_peak_that_is_assumed() -> None:
     assert alone.accelerator_hours == pytest.approx(alone.seconds / 3600)
     eight = speed(WORK, COUNTS, 0, workers=8, portions=1, cluster=H100, hardware=HARDWARE, method="full")
     assert alone.seconds / 8 < eight.seconds < alone.seconds
+
+
+def test_workers_that_share_rows_make_the_portions_of_fewer_and_send_slices_besides() -> None:
+    sliced = Work(steps=100, rows_a_step=64, cost_a_row=1000, flops_a_unit=6 * 7e9, exchanged_a_unit=1e5)
+    about = {"workers": [8], "cluster": H100, "hardware": HARDWARE, "stages": (2,)}
+    alone = choices(asked(micro_batch_size=1), **about)[0]  # type: ignore[arg-type]
+    shared = choices(asked(micro_batch_size=1, work=sliced, sequence_parallel_size=4), **about)[0]  # type: ignore[arg-type]
+    assert alone.speed.sent_a_step == sent_a_step(COUNTS, 2, workers=8, portions=8)
+    assert shared.speed.sent_a_step == sent_a_step(COUNTS, 2, workers=8, portions=32) + 64 * 1000 / 2 * 1e5
+    assert shared.speed.seconds > alone.speed.seconds
 
 
 def test_portions_are_as_many_as_rows_need() -> None:
