@@ -25,7 +25,7 @@ COPY models models
 COPY training training
 COPY serving serving
 COPY cluster cluster
-RUN pip install --no-cache-dir -c constraints.txt .
+RUN pip install --no-cache-dir -c constraints.txt '.[postgres]'
 
 # The launcher reads HOME from the image to place the files it mounts.
 ENV HOME=/home/hone PYTHONUNBUFFERED=1

@@ -16,12 +16,14 @@ from cluster.cli_adapters import adapters
 from cluster.cli_data import data
 from cluster.cli_evaluate import evaluate, export
 from cluster.cli_jobs import jobs, submit
+from cluster.cli_keys import keys, usage
 from cluster.cli_methods import methods
 from cluster.cli_plan import plan
 from cluster.cli_recipe import recipe
 from cluster.cli_run import HomeOption, train, tune
 from cluster.cli_runs import runs
 from cluster.cli_serve import serve
+from cluster.cli_top import top
 from cluster.terminal import notes, output
 from hone.errors import HoneError
 
@@ -39,6 +41,9 @@ app.add_typer(adapters, name="adapters")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 app.command()(serve)
+app.add_typer(keys, name="keys")
+app.command()(usage)
+app.command()(top)
 
 
 def main() -> None:

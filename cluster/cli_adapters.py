@@ -5,13 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.cli_releases import diff, history, print_move, promote, rollback
 from cluster.cli_run import HomeOption
 from cluster.terminal import number, output, size, table
 from hone.errors import RegistryError
 from hone.methods import HOW_SERVED
 from hone.tasks import TASKS
 
-adapters = typer.Typer(help="Published adapters: list, show, verify, alias, rm.", no_args_is_help=True)
+adapters = typer.Typer(help="Published adapters and the aliases that they answer under.", no_args_is_help=True)
+adapters.command()(promote)
+adapters.command()(rollback)
+adapters.command()(history)
+adapters.command()(diff)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Ref = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Adapter, version or alias.", show_default=False)]
@@ -29,6 +34,7 @@ def list_(home: HomeOption = None, as_json: AsJson = False) -> None:
     if not found:
         output().print("nothing published yet; `hone train RECIPE` publishes what it trains", markup=False)
         return
+    states = {alias: registry.alias(alias).current for alias in aliases}
     rows = [
         (
             str(m.ref),
@@ -39,7 +45,7 @@ def list_(home: HomeOption = None, as_json: AsJson = False) -> None:
             _main_metric(m.metrics),
             size(sum(file.bytes for file in m.files.values())),
             m.created_at[:16].replace("T", " "),
-            ", ".join(alias for alias, target in aliases.items() if target == str(m.ref)),
+            ", ".join(filter(None, (_part_in(state, alias, str(m.ref)) for alias, state in states.items()))),
         )
         for m in found
     ]
@@ -92,7 +98,7 @@ def alias(
     remove: Annotated[bool, typer.Option("--rm", help="Forget the alias.")] = False,
     home: HomeOption = None,
 ) -> None:
-    """Point an alias at a version, in one step; `--rm` forgets it."""
+    """Let one version answer everything under an alias, in one step (see `promote`); `--rm` forgets it and its history."""
     registry = _registry(home)
     if remove == (target is not None):
         raise RegistryError(f"alias {name}: give either a TARGET to point it at, or --rm to forget it")
@@ -100,9 +106,9 @@ def alias(
         registry.remove_alias(name)
         output().print(f"{name}: forgotten", markup=False)
         return
-    before = registry.aliases().get(name)
-    manifest = registry.set_alias(name, target)
-    output().print(f"{name} -> {manifest.ref}" + (f" (was {before})" if before and before != str(manifest.ref) else ""), markup=False)
+    before = registry.alias(name)
+    registry.set_alias(name, target)
+    print_move(name, before.current if before else None, registry.alias(name).current)
 
 
 @adapters.command()
@@ -124,6 +130,16 @@ def _registry(home: Any) -> Any:
 
 def _described(manifest: Any) -> dict[str, Any]:
     return {"ref": str(manifest.ref), "digest": manifest.digest, **manifest.model_dump(mode="json")}
+
+
+def _part_in(state: Any, alias: str, ref: str) -> str:
+    """`prod`, `prod 10%` or `prod (shadow)`; nothing where the alias does not know the version."""
+    from hone.releases import percent
+
+    if state.shadow and state.shadow.version == ref:
+        return f"{alias} (shadow)"
+    weight = state.weight_of(ref)
+    return alias if weight == 1 else f"{alias} {percent(weight)}" if weight else ""
 
 
 def _main_metric(metrics: dict[str, float]) -> str:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from hone.errors import RunFailedError
 from hone.storage import Home
 from hone.tasks import TASKS, TaskName, curl
 
+if TYPE_CHECKING:
+    from cluster.deploy import Auth
+
 
 def serve(
     base: Annotated[
@@ -21,22 +24,28 @@ def serve(
     ],
     home: HomeOption = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to answer on.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address to answer on; this version takes loopback addresses only.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to answer on; one that others can reach takes API keys (`hone keys`).")] = "127.0.0.1",
     address: Annotated[
         str | None, typer.Option(help="Dashboard URL of a Ray cluster to deploy to, instead of this machine.", show_default=False)
     ] = None,
+    allow_anonymous: Annotated[bool, typer.Option("--allow-anonymous", help="Answer everyone who can reach it, without a key.")] = False,
 ) -> None:
-    """Answer OpenAI-style requests for a base model and its published adapters."""
-    from cluster.deploy import check_bind
+    """Answer OpenAI-style requests for a base model and its published adapters.
+
+    Once there are API keys (`hone keys create`), each request needs one; before that, those of this machine need none.
+    """
+    from cluster.deploy import access_at, check_bind
 
     if address is not None:
-        _serve_on_cluster(base, home, address)
+        _serve_on_cluster(base, home, address, auth="off" if allow_anonymous else "auto")
         return
+    opened = Home(home)
+    auth = access_at(host, opened, allow_anonymous=allow_anonymous)
     check_bind(host, port)
-    _serve_here(base, Home(home), host, port)
+    _serve_here(base, opened, host, port, auth)
 
 
-def _serve_here(base: str, home: Home, host: str, port: int) -> None:
+def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth") -> None:
     from cluster.connect import local_ray
     from cluster.deploy import deploy_locally, url_of
     from hone.base_model import find_base_model
@@ -48,7 +57,7 @@ def _serve_here(base: str, home: Home, host: str, port: int) -> None:
     try:
         with console.status("starting a local Ray") as status, local_ray() as ray:
             status.update(f"loading {base}")
-            models = deploy_locally(ray, base=folder, home=str(home.root), host=host, port=port)
+            models = deploy_locally(ray, base=folder, home=str(home.root), host=host, port=port, auth=auth)
             status.stop()
             print_how_to_ask(url_of(host, port), models, console=output())
             console.print("Ctrl-C ends it.")
@@ -60,7 +69,7 @@ def _serve_here(base: str, home: Home, host: str, port: int) -> None:
         raise typer.Exit(130) from None
 
 
-def _serve_on_cluster(base: str, home: str | None, address: str) -> None:
+def _serve_on_cluster(base: str, home: str | None, address: str, *, auth: "Auth") -> None:
     """Deploy and return. The home is the one that was given, else ours if the cluster is this machine, else the cluster's own."""
     from cluster.dashboard import Dashboard
     from cluster.deploy import deploy, wait_until_deployed
@@ -73,6 +82,7 @@ def _serve_on_cluster(base: str, home: str | None, address: str) -> None:
         dashboard,
         base=str(folder.resolve()) if is_here and folder.is_dir() else base,
         home=str(Home(home).root) if is_here else home,
+        auth=auth,
     )
     with notes().status(f"{dashboard.address} is loading {base}"):
         wait_until_deployed(dashboard)
@@ -83,6 +93,9 @@ def _serve_on_cluster(base: str, home: str | None, address: str) -> None:
 
 def print_how_to_ask(url: str, models: Mapping[str, TaskName], *, console: Console) -> None:
     """The URL, what answers there, and how to ask the last of it."""
+    if not models:
+        console.print(f"\n{url}/v1 answers to API keys; GET /v1/models lists what a key may call\n", markup=False)
+        return
     name, task = list(models.items())[-1]
     console.print(f"\n{url}/v1 answers for: {', '.join(models)}\n", markup=False)
     console.print(f"  {curl(task, name, url=url)}\n", markup=False)

@@ -109,6 +109,8 @@ def local_environment() -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # What Serve's own proxies answer (408, 429, 503) comes in OpenAI's shape too.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy.middlewares",
     }
     if environment["RAY_AUTH_MODE"] == "token" and auth_token(environment | dict(os.environ)) is None:
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

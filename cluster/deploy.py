@@ -8,15 +8,19 @@ import ipaddress
 import json
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from cluster.connect import LocalRay
 from cluster.dashboard import Dashboard, open_url
 from hone.errors import ResourceError, RunFailedError
+from hone.keys import Keys
+from hone.storage import Home
 from hone.tasks import TaskName
 
+Auth = Literal["auto", "required", "off"]
 IMPORT_PATH = "serving.app:build"
 APPLICATION = "hone"
 APPLICATIONS_PATH = "/api/serve/applications/"
@@ -24,17 +28,30 @@ FAILED = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
 POLL_S = 0.5
 
 
+def access_at(host: str, home: Home, *, allow_anonymous: bool) -> Auth:
+    """Who is to need a key on an address.
+
+    Raises:
+        ResourceError: others could reach it, and nobody could come in, or everybody could without that being said.
+    """
+    if allow_anonymous:
+        return "off"
+    if _is_loopback(host):
+        return "auto"
+    if not any(key.is_active(time.time()) for key in Keys(home.store_url).all()):
+        raise ResourceError(
+            f"--host {host}: others could reach it, and there are no API keys; make one with `hone keys create NAME`, "
+            "or let everyone in with --allow-anonymous"
+        )
+    return "required"
+
+
 def check_bind(host: str, port: int) -> None:
-    """Refuse an address that others could reach, and a port that is taken.
+    """Refuse a port that is taken, and an address that is not this machine's.
 
     Raises:
         ResourceError: either.
     """
-    if not _is_loopback(host):
-        raise ResourceError(
-            f"--host {host}: others could reach it, and this version has no API keys yet, so it answers on 127.0.0.1 only; "
-            "put a proxy that checks who is asking in front of it, or use an SSH tunnel"
-        )
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -43,7 +60,7 @@ def check_bind(host: str, port: int) -> None:
             raise ResourceError(f"port {port} on {host}: {_why(error)}; choose another with --port") from None
 
 
-def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str, int] | None = None) -> None:
+def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str, int] | None = None, auth: Auth = "auto") -> None:
     """Ask the cluster for the serving application; other applications on it stay.
 
     Args:
@@ -51,11 +68,12 @@ def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str
         base: Base model, as the replicas find it.
         home: Home, as the replicas see it; by default their $HONE_HOME.
         http: Host and port of Serve's proxy, which only a cluster without Serve takes; by default the cluster's own.
+        auth: Who needs an API key, as in `serving.app.ServeArgs`.
 
     Raises:
         ResourceError: the cluster does not answer, or refuses the configuration.
     """
-    args = {"base": base, **({"home": home} if home else {})}
+    args = {"base": base, "auth": auth, **({"home": home} if home else {})}
     application = {"name": APPLICATION, "import_path": IMPORT_PATH, "route_prefix": "/", "args": args}
     config: dict[str, Any] = {"applications": [*_others(dashboard), application]}
     if http is not None:
@@ -63,14 +81,14 @@ def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str
     dashboard.put(APPLICATIONS_PATH, config)
 
 
-def deploy_locally(ray: LocalRay, *, base: str, home: str, host: str, port: int) -> dict[str, TaskName]:
+def deploy_locally(ray: LocalRay, *, base: str, home: str, host: str, port: int, auth: Auth = "auto") -> dict[str, TaskName]:
     """Deploy on a local Ray and wait until it answers; the models that are served, and their tasks.
 
     Raises:
         RunFailedError: it failed to start.
     """
     dashboard = Dashboard(ray.dashboard, token=ray.token)
-    deploy(dashboard, base=base, home=home, http=(host, port))
+    deploy(dashboard, base=base, home=home, http=(host, port), auth=auth)
     wait_until_deployed(dashboard, is_alive=lambda: ray.process.poll() is None)
     return wait_until_healthy(url_of(host, port))
 
@@ -96,7 +114,7 @@ def wait_until_deployed(dashboard: Dashboard, *, is_alive: Callable[[], bool] = 
 
 
 def wait_until_healthy(url: str, *, timeout_s: float = 60) -> dict[str, TaskName]:
-    """Wait until `/healthz` answers; the models that are served, and their tasks.
+    """Wait until `/healthz` answers; the models that are served, and their tasks. None are told where that takes a key.
 
     Raises:
         RunFailedError: it does not within `timeout_s`.
@@ -106,10 +124,15 @@ def wait_until_healthy(url: str, *, timeout_s: float = 60) -> dict[str, TaskName
         try:
             _get(f"{url}/healthz")
             return {model["id"]: model["task"] for model in json.loads(_get(f"{url}/v1/models"))["data"]}
+        except urllib.error.HTTPError as error:
+            if error.code == 401:
+                return {}
+            reason: Exception = error
         except (OSError, ValueError, KeyError) as error:
-            if time.monotonic() > deadline:
-                raise RunFailedError(f"{url}/healthz does not answer after {timeout_s:.0f} s ({error})") from None
-            time.sleep(POLL_S)
+            reason = error
+        if time.monotonic() > deadline:
+            raise RunFailedError(f"{url}/healthz does not answer after {timeout_s:.0f} s ({reason})")
+        time.sleep(POLL_S)
 
 
 def _others(dashboard: Dashboard) -> list[dict[str, Any]]:

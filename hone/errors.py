@@ -6,7 +6,8 @@
     ├── BaseModelError       a base model folder or hub name
     ├── RegistryError        publishing, aliases, removal
     │   ├── UnknownAdapterError
-    │   └── CorruptAdapterError
+    │   ├── CorruptAdapterError
+    │   └── GateError        publish.gate has something against a version
     ├── ResourceError        workers, ports, disk, a cluster out of reach
     └── RunFailedError       a run that ended without a result
 
@@ -45,6 +46,10 @@ class UnknownAdapterError(RegistryError):
 
 class CorruptAdapterError(RegistryError):
     """A published file whose bytes no longer match the manifest."""
+
+
+class GateError(RegistryError):
+    """A version that its recipe's `publish.gate` lets no alias move to."""
 
 
 class ResourceError(HoneError):

@@ -38,16 +38,18 @@ class Folder:
 
     def folders(self) -> list[str]:
         """Names of the folders in it; none where it is not there yet."""
-        from pyarrow.fs import FileSelector, FileType
+        from pyarrow.fs import FileType
 
-        infos = self._filesystem.get_file_info(FileSelector(self._path, allow_not_found=True))
-        return [info.base_name for info in infos if info.type == FileType.Directory]
+        return [info.base_name for info in self._infos() if info.type == FileType.Directory]
 
     def files(self) -> list[str]:
         """Names of the files in it; none where it is not there yet."""
+        return [info.base_name for info in self._infos() if info.is_file]
+
+    def _infos(self) -> list[Any]:
         from pyarrow.fs import FileSelector
 
-        return [info.base_name for info in self._filesystem.get_file_info(FileSelector(self._path, allow_not_found=True)) if info.is_file]
+        return list(self._filesystem.get_file_info(FileSelector(self._path, allow_not_found=True)))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file in it; None where there is no such file."""

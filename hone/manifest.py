@@ -10,6 +10,10 @@ from hone.storage import digest_of
 from hone.tasks import TaskName
 
 MANIFEST_FILE = "manifest.json"
+RECIPE_FILE = "recipe.json"
+"""Beside it: the resolved recipe."""
+EVALUATION_FILE = "evaluation.json"
+"""Beside it: the metrics of the exported weights with their intervals, where there were validation rows."""
 
 
 class BaseModelId(BaseModel):

@@ -4,22 +4,27 @@ A version appears whole, by one rename of a staged folder whose manifest was wri
 `removed.json` in its folder, so its number is never given to other weights (serving caches are keyed by it).
 """
 
-import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import ValidationError
 
+from hone.aliases import Aliases
 from hone.errors import CorruptAdapterError, RegistryError, UnknownAdapterError
 from hone.ids import AdapterRef
 from hone.manifest import MANIFEST_FILE, AdapterManifest, FileEntry
+from hone.releases import Alias
 from hone.storage import Home, sha256_file, write_json
 
+logger = logging.getLogger("hone")
+K = TypeVar("K")
+V = TypeVar("V")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 REMOVED_FILE = "removed.json"
 
@@ -29,7 +34,7 @@ class Registry:
 
     def __init__(self, home: Home) -> None:
         self.root = home.registry
-        self._aliases = self.root / ".aliases"
+        self.alias_files = Aliases(self.root / ".aliases")
 
     def publish(self, folder: Path, name: str, *, describe: Callable[[int, dict[str, FileEntry]], AdapterManifest]) -> AdapterManifest:
         """Copy `folder` into the registry as the next version of `name`.
@@ -43,7 +48,7 @@ class Registry:
             RegistryError: pickle or no safetensors in the folder, or `name` is an alias.
         """
         name = AdapterRef.parse(name).name
-        if (self._aliases / f"{name}.json").exists():
+        if self.alias_files.has(name):
             raise RegistryError(f"{name!r} is an alias; publish under another name or remove the alias first")
         _refuse_unsafe(folder)
         shelf = self.root / name
@@ -76,8 +81,14 @@ class Registry:
         """Folder of one exact version."""
         return self.root / ref.name / str(ref.version)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder can be read at all: a share that is not mounted has nothing in it, and nothing was removed."""
+        return self.root.is_dir()
+
     def resolve(self, text: str) -> AdapterManifest:
-        """The adapter that `name@version`, an alias, or `name` (its latest version) means right now.
+        """The adapter that `name@version`, an alias, or `name` (its latest version) means right now; of an alias with several versions, the
+        one that answers most.
 
         Raises:
             UnknownAdapterError: nothing of that name; the message lists what there is.
@@ -86,9 +97,9 @@ class Registry:
             ref = AdapterRef.parse(text)  # first of all: the text may come over HTTP, and below it becomes a path
         except RegistryError:
             raise UnknownAdapterError(self._unknown(text)) from None
-        alias = self._aliases / f"{text}.json"
-        if ref.version is None and alias.is_file():
-            ref = AdapterRef.parse(json.loads(alias.read_text())["target"])
+        alias = self.alias_files.read(ref.name) if ref.version is None else None
+        if alias is not None:
+            ref = AdapterRef.parse(alias.current.main.version)
         if ref.version is None:
             versions = self._versions(ref.name)
             if not versions:
@@ -100,8 +111,8 @@ class Registry:
         return manifest
 
     def adapters(self) -> list[AdapterManifest]:
-        """Every published version, by name and then version."""
-        found = (self._read(AdapterRef(name, version)) for name in self._names() for version in self._versions(name))
+        """Every published version, by name and then version. One whose manifest is damaged is left out, and said in the log."""
+        found = (_or_said(self._read, AdapterRef(name, version)) for name in self._names() for version in self._versions(name))
         return [manifest for manifest in found if manifest is not None]
 
     def verify(self, ref: AdapterRef) -> None:
@@ -110,56 +121,46 @@ class Registry:
         Raises:
             CorruptAdapterError: a file is missing, extra or changed; all of them are named.
         """
-        manifest, folder = self.resolve(str(ref)), self.path(ref)
-        wrong = [
-            f"{name} is missing" if not (folder / name).is_file() else f"{name} has changed"
-            for name, entry in manifest.files.items()
-            if not (folder / name).is_file() or sha256_file(folder / name) != entry.sha256
-        ]
-        present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST_FILE}
-        wrong += [f"{name} was added" for name in sorted(present - manifest.files.keys())]
-        if wrong:
-            raise CorruptAdapterError(f"{ref}: {'; '.join(wrong)}; restore the folder {folder} or publish a new version")
+        check_files(self.path(ref), self.resolve(str(ref)))
+
+    def alias(self, name: str) -> Alias | None:
+        """An alias with its history, or None where the text is the name of none."""
+        try:
+            ref = AdapterRef.parse(name)
+        except RegistryError:
+            return None
+        return self.alias_files.read(ref.name) if ref.version is None else None
 
     def set_alias(self, alias: str, target: str) -> AdapterManifest:
-        """Point `alias` at one exact version, in one step, keeping the history.
+        """Let one version answer everything under an alias, as `hone.promotion.promote` does, and with the errors that it raises."""
+        from hone.promotion import promote  # which stands on this class
 
-        Raises:
-            RegistryError: the alias is the name of an adapter. UnknownAdapterError: no such target.
-        """
-        alias = AdapterRef.parse(alias).name
-        if (self.root / alias).exists():
-            raise RegistryError(f"{alias!r} is the name of an adapter; choose another name for the alias")
-        manifest = self.resolve(target)
-        path = self._aliases / f"{alias}.json"
-        history: list[dict[str, Any]] = json.loads(path.read_text())["history"] if path.exists() else []
-        moved = {"target": str(manifest.ref), "digest": manifest.digest, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_json(path, {"target": str(manifest.ref), "history": [*history, moved]})
-        return manifest
+        return self.resolve(promote(self, alias, target).current.main.version)
 
     def aliases(self) -> dict[str, str]:
-        """Alias -> `name@version`."""
-        if not self._aliases.is_dir():
-            return {}
-        return {p.stem: json.loads(p.read_text())["target"] for p in sorted(self._aliases.glob("*.json"))}
+        """Alias -> the `name@version` that answers most under it. One whose file is damaged is left out, and said in the log."""
+        found = {name: _or_said(self.alias_files.read, name) for name in self.alias_files.names()}
+        return {name: alias.current.main.version for name, alias in found.items() if alias is not None}
 
     def remove_alias(self, alias: str) -> None:
-        """Forget an alias. Raises UnknownAdapterError where there is none."""
-        try:
-            (self._aliases / f"{alias}.json").unlink()
-        except FileNotFoundError:
-            raise UnknownAdapterError(f"no alias {alias!r}; there are: {', '.join(self.aliases()) or 'none'}") from None
+        """Forget an alias and its history. Raises UnknownAdapterError where there is none."""
+        name = AdapterRef.parse(alias).name
+        with self.alias_files.locked(name):
+            is_gone = self.alias_files.remove(name)
+        if not is_gone:
+            raise UnknownAdapterError(f"no alias {alias!r}; there are: {', '.join(self.aliases()) or 'none'}")
 
     def remove(self, ref: AdapterRef) -> None:
         """Delete one version's files; its number stays taken.
 
         Raises:
-            RegistryError: no version was named, or an alias points at it. UnknownAdapterError: no such version.
+            RegistryError: no version was named, or it answers under an alias. UnknownAdapterError: no such version.
         """
         if ref.version is None:
             raise RegistryError(f"{ref}: name the version to remove, such as {ref}@1; names are never removed as a whole")
         manifest = self.resolve(str(ref))
-        pointing = [alias for alias, target in self.aliases().items() if target == str(ref)]
+        states = {name: self.alias_files.read(name) for name in self.alias_files.names()}
+        pointing = [name for name, alias in states.items() if alias and str(ref) in alias.current.versions]
         if pointing:
             raise RegistryError(f"{ref}: alias {pointing[0]!r} points at it; move or remove the alias first")
         folder = self.path(ref)
@@ -193,6 +194,32 @@ class Registry:
         known = [*self.aliases(), *(str(AdapterRef(n, v)) for n in self._names() for v in self._versions(n))]
         shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
         return f"no adapter or alias {text!r} in {self.root}; there is {shown or 'nothing published yet'}"
+
+
+def _or_said(read: Callable[[K], V | None], key: K) -> V | None:
+    """What is read, or None where it is damaged: one damaged file must not hide all others."""
+    try:
+        return read(key)
+    except CorruptAdapterError as error:
+        logger.warning("%s; it is left out of the list", error.message)
+        return None
+
+
+def check_files(folder: Path, manifest: AdapterManifest) -> None:
+    """Compare every file of an adapter with its manifest.
+
+    Raises:
+        CorruptAdapterError: a file is missing, extra or changed; all of them are named.
+    """
+    wrong = [
+        f"{name} is missing" if not (folder / name).is_file() else f"{name} has changed"
+        for name, entry in manifest.files.items()
+        if not (folder / name).is_file() or sha256_file(folder / name) != entry.sha256
+    ]
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST_FILE}
+    wrong += [f"{name} was added" for name in sorted(present - manifest.files.keys())]
+    if wrong:
+        raise CorruptAdapterError(f"{manifest.ref}: {'; '.join(wrong)}; restore the folder {folder} or publish a new version")
 
 
 def _refuse_unsafe(folder: Path) -> None:

@@ -1,29 +1,20 @@
-"""Jobs and their events, in SQLite (WAL) or PostgreSQL through SQLAlchemy.
+"""Jobs and their events, in the database of the home or of `HONE_STORE`.
 
 Ray forgets its jobs when its head goes; this does not. Every change of a job's state is one transaction with its event.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
-from sqlalchemy import ForeignKey, create_engine, event, select
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import ForeignKey, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from hone.errors import HoneError, ResourceError
+from hone.database import Database, Table
+from hone.errors import HoneError
 
 ENDED = frozenset({"succeeded", "failed", "stopped"})
 
 
-class _Table(DeclarativeBase):
-    pass
-
-
-class Job(_Table):
+class Job(Table):
     """One training or search, wherever it runs."""
 
     __tablename__ = "jobs"
@@ -43,7 +34,7 @@ class Job(_Table):
     updated_at: Mapped[datetime]
 
 
-class JobEvent(_Table):
+class JobEvent(Table):
     """One change of a job's state."""
 
     __tablename__ = "job_events"
@@ -55,24 +46,8 @@ class JobEvent(_Table):
     message: Mapped[str]
 
 
-class Store:
-    """Opens the store at a SQLAlchemy URL, making its tables where they are not there yet."""
-
-    def __init__(self, url: str) -> None:
-        """Raises ResourceError where the database cannot be reached."""
-        parsed = make_url(url)
-        if parsed.drivername.startswith("sqlite") and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        self._engine = create_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _use_wal)
-        try:
-            _Table.metadata.create_all(self._engine)
-        except OperationalError as error:
-            raise ResourceError(f"{parsed.render_as_string()}: the store cannot be opened ({str(error.orig).splitlines()[0]})") from None
-
-    def close(self) -> None:
-        self._engine.dispose()
+class Store(Database):
+    """Jobs, and what became of them."""
 
     def add_job(self, job_id: str, *, kind: str, recipe: str, status: str, address: str | None = None) -> None:
         """Record a new job and its first event."""
@@ -129,17 +104,3 @@ class Store:
         """Oldest first."""
         with Session(self._engine, expire_on_commit=False) as session:
             return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.id)))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Session]:
-        with Session(self._engine) as session, session.begin():
-            yield session
-
-
-def _use_wal(connection: Any, _record: Any) -> None:
-    """Readers do not wait for the writer, and a writer waits up to 10 s for another."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA busy_timeout=10000")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()

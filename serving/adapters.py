@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from hone.manifest import AdapterManifest
 from serving.base import Served
-from serving.errors import RequestError
+from serving.engine.measures import Histogram
+from serving.errors import AdapterRefusedError, RequestError
 
 REFUSED_FOR_S = 10.0
 """How long a refusal is repeated without reading the adapter again; then it is tried anew, for its folder may have been restored."""
@@ -39,6 +40,11 @@ class AdapterPool:
         """Least recently used first."""
         self._refused: dict[Key, tuple[RequestError, float]] = {}
         self._released = asyncio.Condition()
+        self.load_seconds = Histogram()
+        """Of loads that did well."""
+        self.refused = 0
+        """Loads that did not."""
+        self.evicted = 0
 
     @property
     def resident(self) -> list[str]:
@@ -68,7 +74,7 @@ class AdapterPool:
             if resident is not None:
                 break
             if self._make_room():
-                task = asyncio.create_task(asyncio.to_thread(self._load, manifest))
+                task = asyncio.create_task(self._timed_load(manifest))
                 resident = self._residents[key] = _Resident(task)
                 break
             async with self._released:
@@ -77,6 +83,16 @@ class AdapterPool:
         self._residents.move_to_end(key)
         return resident
 
+    async def _timed_load(self, manifest: AdapterManifest) -> Served:
+        began = time.monotonic()
+        try:
+            served = await asyncio.to_thread(self._load, manifest)
+        except Exception:
+            self.refused += 1
+            raise
+        self.load_seconds.observe(time.monotonic() - began)
+        return served
+
     def _make_room(self) -> bool:
         """Evict the least recently used adapters that nobody uses until one more fits."""
         while len(self._residents) >= self.capacity:
@@ -84,6 +100,7 @@ class AdapterPool:
             if idle is None:
                 return False
             del self._residents[idle]
+            self.evicted += 1
         return True
 
     async def _release(self, key: Key, resident: _Resident) -> None:
@@ -93,7 +110,7 @@ class AdapterPool:
             error = loading.exception()
             if error is not None and self._residents.get(key) is resident:
                 del self._residents[key]
-                if isinstance(error, RequestError):
+                if isinstance(error, AdapterRefusedError):
                     self._refused[key] = error, time.monotonic()
         async with self._released:
             self._released.notify_all()

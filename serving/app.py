@@ -4,7 +4,7 @@ Two deployments. The ingress holds no model: it validates, routes and formats, s
 base. Serve's HTTP server binds 127.0.0.1 unless told otherwise.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,18 +12,37 @@ import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from hone.registry import Registry
 from hone.storage import Home
-from serving.calls import ChatCall, Classified, ClassifyCall, CompletionCall, EmbedCall, Embedded, Event, Failed, Status
+from serving.access import Auth, KeyRing, StoreKeys
+from serving.calls import (
+    ChatCall,
+    Classified,
+    ClassifyCall,
+    CompletionCall,
+    EmbedCall,
+    Embedded,
+    Event,
+    Failed,
+    Status,
+    TokenizeCall,
+    Tokenized,
+)
 from serving.catalog import BaseDescription
+from serving.disk import DISK_BYTES
 from serving.engine.generation import PREFILL_TOKENS
-from serving.ingress import BusyError, make_app
+from serving.errors import BusyError, UnavailableError
+from serving.ingress import make_app
+from serving.measured import Measured
 from serving.replica import Replica
 
 INGRESS_REQUESTS = 4096
+MEASURED_WITHIN_S = 5.0
+"""A replica that says nothing for so long is left out of the metrics."""
 
 
 class ServeArgs(BaseModel):
@@ -43,7 +62,13 @@ class ServeArgs(BaseModel):
     max_context: int | None = Field(default=None, ge=8)
     """Tokens of prompt and answer together; by default as many as the base and the memory allow."""
     max_adapters: int = Field(default=64, ge=1)
-    """Adapters that one replica keeps in memory."""
+    """Adapters that one replica keeps on the device that computes; one that is called when as many are in use waits."""
+    adapter_memory: int | None = Field(default=None, ge=0)
+    """Bytes of adapters that one replica keeps in the machine's memory, checked and ready; by default a tenth of what is free."""
+    adapter_disk: str | None = None
+    """Folder on the machine's own disk in which adapters are kept, where the registry is on another machine; replicas share it."""
+    adapter_disk_bytes: int = Field(default=DISK_BYTES, ge=0)
+    """How many bytes of them."""
     max_copies: int = Field(default=2, ge=0)
     """Copies of the base that one replica keeps, for adapters that cannot share a batch; each takes the base's memory once more."""
     prefill_tokens: int = Field(default=PREFILL_TOKENS, ge=1)
@@ -51,6 +76,9 @@ class ServeArgs(BaseModel):
     prefix_tokens: int | None = Field(default=None, ge=0)
     """Tokens of earlier prompts and answers that one replica keeps for those that begin alike; 0 keeps none, by default as many as fit into
     a tenth of the free memory."""
+    auth: Auth = "auto"
+    """Who needs an API key. `auto`: everyone once the store has keys, and before that everyone who comes from another machine. `required`:
+    everyone. `off`: nobody, though known keys keep their limits."""
     max_queued: int = Field(default=256, ge=0)
     """Requests that wait for a replica before more are answered 429."""
     num_cpus: float = Field(default=1, ge=0)
@@ -63,7 +91,7 @@ def build(args: ServeArgs) -> serve.Application:
     """The application: `serve.run(build(ServeArgs(base=...)))`, or `import_path: serving.app:build` with these args."""
     args = ServeArgs.model_validate(args)
     home = str(Home(args.home).root)  # resolved here: a replica has another working directory
-    replica = serve.deployment(Replica).options(
+    replica = serve.deployment(ServedReplica).options(
         name="Replica",
         num_replicas=args.num_replicas,
         # Twice what runs at once, so that the engine always has the next rows at hand; the rest waits at the ingress.
@@ -80,6 +108,9 @@ def build(args: ServeArgs) -> serve.Application:
         max_context=args.max_context,
         max_adapters=args.max_adapters,
         max_copies=args.max_copies,
+        adapter_memory=args.adapter_memory,
+        adapter_disk=args.adapter_disk,
+        adapter_disk_bytes=args.adapter_disk_bytes,
         prefill_tokens=args.prefill_tokens,
         prefix_tokens=args.prefix_tokens,
     )
@@ -87,7 +118,18 @@ def build(args: ServeArgs) -> serve.Application:
     ingress = serve.deployment(serve.ingress()(Ingress)).options(
         name="Ingress", max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 0}
     )
-    return ingress.bind(bound, home)
+    return ingress.bind(bound, home, args.auth)
+
+
+class ServedReplica(Replica):
+    """A replica as Serve runs it: named as Serve names it, metered, and stopped when Serve lets go of it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, name=serve.get_replica_context().replica_id.unique_id, is_metered=True)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_meter"):  # the last that is made: without it, the base could not be loaded, and Serve is told that
+            self.stop()
 
 
 def _gpus(asked: float | None) -> float:
@@ -99,8 +141,9 @@ def _gpus(asked: float | None) -> float:
 class Ingress:
     """The HTTP application, in front of the replicas."""
 
-    def __init__(self, replica: DeploymentHandle, home: str) -> None:
-        self._app = make_app(ServeBackend(replica), Registry(Home(home)))
+    def __init__(self, replica: DeploymentHandle, home: str, auth: Auth) -> None:
+        opened = Home(home)
+        self._app = make_app(ServeBackend(replica), Registry(opened), KeyRing(StoreKeys(opened.store_url), auth=auth))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -124,7 +167,7 @@ class ServeBackend:
         return status
 
     async def generate(self, call: ChatCall | CompletionCall) -> AsyncIterator[list[Event]]:
-        with _busy_as_error():
+        with _serves_errors():
             async for events in self._streaming.generate.remote(call):
                 yield events
 
@@ -140,14 +183,30 @@ class ServeBackend:
         result: Embedded | Failed = await self._ask("embed", call)
         return result
 
+    async def tokenize(self, call: TokenizeCall) -> Tokenized | Failed:
+        result: Tokenized | Failed = await self._ask("tokenize", call)
+        return result
+
+    async def measured(self) -> list[Measured]:
+        try:
+            said = await self._handle.broadcast("measured").results_async(timeout_s=MEASURED_WITHIN_S, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError):
+            said = []  # there is none, or one of them hangs; the ingress has numbers of its own
+        return [measured for answer in said if isinstance(answer, list) for measured in answer]
+
     async def _ask(self, method: str, *args: Any) -> Any:
-        with _busy_as_error():
+        with _serves_errors():
             return await getattr(self._handle, method).remote(*args)
 
 
 @contextmanager
-def _busy_as_error() -> Any:
+def _serves_errors() -> Iterator[None]:
+    """What Serve raises, as what a caller is to know. Requests change nothing here, so one that was lost may be sent again."""
     try:
         yield
     except BackPressureError as error:
         raise BusyError(f"the server has all the requests that it holds; try again shortly ({error.message})") from None
+    except RayActorError:
+        raise UnavailableError("the replica that had this request is gone; send it again", None, "replica_lost") from None
+    except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
+        raise UnavailableError(f"no replica can answer right now ({error.message}); try again shortly") from None

@@ -26,6 +26,7 @@ from serving.engine.decoder import Decoder
 from serving.engine.generation import PREFILL_TOKENS, Generation
 from serving.engine.heads import EncoderHeads, Heads, MeanHidden, MixedHeads, OwnHeads, TrunkHeads
 from serving.engine.lora import AdapterWeights, Mixer
+from serving.engine.measures import Measures
 from serving.engine.thread import ModelThread, Work
 from serving.kinds import TASKS_OF, Kind, generates, is_causal, kind_of, load_processor, medium_of, own_task
 
@@ -90,6 +91,7 @@ class Engine:
     parts: Parts
     alone: Alone
     classification: Classification
+    measures: Measures
     thread: ModelThread
     vocabulary: int
     """Token ids that the embedding has rows for."""
@@ -112,6 +114,30 @@ class Engine:
     def mixed_tasks(self) -> tuple[TaskName, ...]:
         """Tasks whose LoRA adapters share a batch."""
         return tuple(task for task in self.tasks if task in self.parts.heads or (is_causal(task) and self.parts.decoder))
+
+    @property
+    def max_rows(self) -> int:
+        """Answers that are made at once in one batch."""
+        return self.classification.max_rows
+
+    @property
+    def running(self) -> int:
+        """Answers in the making."""
+        return sum(work.running for work in self._makers)
+
+    @property
+    def waiting(self) -> int:
+        """Rows and inputs that wait."""
+        return sum(work.waiting for work in self._makers) + self.classification.waiting
+
+    @property
+    def completed(self) -> int:
+        """Answers that were made to their end, since the start."""
+        return sum(work.completed for work in self._makers)
+
+    @property
+    def _makers(self) -> list[Alone | Generation]:
+        return [self.alone, self.generation] if self.generation else [self.alone]
 
     def mixes(self, manifest: AdapterManifest) -> bool:
         """Whether the adapter shares a batch with others, or gets a copy of the base."""
@@ -146,14 +172,17 @@ def load_engine(
     task = own_task(base, kind, published)
     model, has_head = _load_model(base, task, device, dtype)
     processor = load_processor(task, base.folder)
+    measures = Measures()
     asked = max_context or base.max_context
     if kind == "decoder":
         if lacks_template(base.folder):
             logger.info("%s: %s", base.id.name, NO_TEMPLATE)
-        memory = _free_memory(device)
+        memory = free_memory(device)
         context = context_of(model, positions=base.max_context, asked=max_context, rows=max_rows, memory_bytes=int(memory * MEMORY_SHARE))
         kept = int(memory * PREFIX_SHARE) // bytes_per_token(model.config, dtype) if prefix_tokens is None else prefix_tokens
-        make = partial(Generation, max_rows=max_rows, max_context=context, prefill_tokens=prefill_tokens, prefix_tokens=kept)
+        make = partial(
+            Generation, max_rows=max_rows, max_context=context, prefill_tokens=prefill_tokens, prefix_tokens=kept, measures=measures
+        )
         parts = _decoder_parts(model, inputs_by(processor), make, context=context)
     elif kind == "encoder-decoder":
         parts = Parts(min(base.max_context, asked))
@@ -172,12 +201,12 @@ def load_engine(
         end_ids=end_ids(task, processor, model),
         **(_own_answers(model, published) if has_head else {}),
     )
-    classification, alone = Classification(max_rows=max_rows), Alone(device)
+    classification, alone = Classification(max_rows=max_rows, measures=measures), Alone(device, measures)
     works: list[Work] = [*([parts.generation] if parts.generation else []), classification, alone]
     logger.info("serving %s on %s in %s: %d rows of up to %d tokens", served.name, device, dtype, max_rows, parts.max_context)
     vocabulary = model.get_input_embeddings().num_embeddings if medium_of(task) == "text" else 0
     thread = ModelThread(works)
-    return Engine(served, base.folder, TASKS_OF[kind], parts, alone, classification, thread, vocabulary, dtype, device)
+    return Engine(served, base.folder, TASKS_OF[kind], parts, alone, classification, measures, thread, vocabulary, dtype, device)
 
 
 def end_ids(task: TaskName, processor: Any, model: Any) -> frozenset[int]:
@@ -271,7 +300,7 @@ def _positions(model: Any, base: BaseModel) -> int:
     return base.max_context
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that nobody uses."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(free)

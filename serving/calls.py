@@ -6,10 +6,11 @@ from typing import Any, Literal, Protocol
 
 from hone.tasks import TASKS
 from models.tasks.task import ProblemType
+from serving.callers import ANONYMOUS, Caller
 from serving.catalog import BaseDescription
-from serving.engine.fairness import EVERYONE, Tenant
 from serving.engine.row import TokenScore
 from serving.errors import RequestError
+from serving.measured import Measured
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class ChatCall:
     messages: list[dict[str, Any]]
     n: int
     sampling: Sampling
-    tenant: Tenant = EVERYONE
+    caller: Caller = ANONYMOUS
+    user: str | None = None
+    """Whom the caller asks for, by which an alias may stick to a version."""
+    alias: str | None = None
+    """What `model` was called by, where the ingress has put the version for it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class CompletionCall:
     prompts: list[str | list[int]]
     n: int
     sampling: Sampling
-    tenant: Tenant = EVERYONE
+    caller: Caller = ANONYMOUS
+    user: str | None = None
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,9 @@ class ClassifyCall:
 
     model: str
     inputs: list[str | Media]
+    caller: Caller = ANONYMOUS
+    user: str | None = None
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,14 +86,32 @@ class EmbedCall:
 
     model: str
     inputs: list[str | list[int]]
+    caller: Caller = ANONYMOUS
+    user: str | None = None
+    alias: str | None = None
 
 
-Call = ChatCall | CompletionCall | ClassifyCall | EmbedCall
+@dataclass(frozen=True)
+class TokenizeCall:
+    """What a model reads a text, or a conversation, as."""
+
+    model: str
+    text: str | list[dict[str, Any]]
+    """A conversation goes through the model's template, up to where the answer begins."""
+    add_special_tokens: bool = True
+    """Of a text: what the tokenizer puts round it."""
+    caller: Caller = ANONYMOUS
+    user: str | None = None
+    alias: str | None = None
+
+
+Call = ChatCall | CompletionCall | ClassifyCall | EmbedCall | TokenizeCall
 ROUTES: dict[type[Call], str] = {
     ChatCall: TASKS["chat"].route,
     CompletionCall: TASKS["completion"].route,
     ClassifyCall: TASKS["text-classification"].route,
     EmbedCall: "/v1/embeddings",
+    TokenizeCall: "/tokenize",
 }
 """Where each kind of call comes in."""
 
@@ -106,6 +134,8 @@ class Piece:
     text: str
     scores: tuple[TokenScore, ...] = ()
     """Of the tokens that begin in it, where they were asked for."""
+    tokens: int = 0
+    """That this choice has so far."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +210,18 @@ class Embedded:
 
 
 @dataclass(frozen=True)
+class Tokenized:
+    """What was read."""
+
+    served: str
+    digest: str
+    tokens: list[int]
+    strings: list[str]
+    """Each token as the vocabulary spells it."""
+    max_context: int
+
+
+@dataclass(frozen=True)
 class Status:
     """How busy a replica is."""
 
@@ -211,3 +253,9 @@ class Backend(Protocol):
     async def classify(self, call: ClassifyCall) -> Classified | Failed: ...
 
     async def embed(self, call: EmbedCall) -> Embedded | Failed: ...
+
+    async def tokenize(self, call: TokenizeCall) -> Tokenized | Failed: ...
+
+    async def measured(self) -> list[Measured]:
+        """What every replica that answers has measured."""
+        ...

@@ -1,6 +1,7 @@
 """What may be called by name: the base, every adapter of it in the registry, and the aliases. Reads the registry each time it is asked, so
 a version is there the moment it is published."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePath
@@ -11,7 +12,11 @@ from hone.manifest import AdapterManifest, BaseModelId
 from hone.methods import HOW_SERVED
 from hone.registry import Registry
 from hone.tasks import TASKS, TaskName
-from serving.errors import AdapterRefusedError, UnknownModelError
+from serving.callers import ANONYMOUS, Caller
+from serving.errors import AdapterRefusedError, UnknownModelError, UnreachableError
+
+REMEMBERED = 10_000
+"""Ids."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Catalog:
     def __init__(self, registry: Registry, base: BaseDescription) -> None:
         self.registry = registry
         self.base = base
+        self._known: OrderedDict[str, AdapterManifest] = OrderedDict()
+        """What ids meant when the registry could last be read."""
 
     def find(self, model: str) -> AdapterManifest | None:
         """What a model id means right now: an adapter, or None for the base.
@@ -57,34 +64,62 @@ class Catalog:
         Raises:
             UnknownModelError: neither; where it is an adapter that cannot be served here, the message says why.
             AdapterRefusedError: its manifest cannot be read.
+            UnreachableError: the registry cannot be read, and the id was not asked for before.
         """
-        try:
-            manifest = self.registry.resolve(model)
-        except UnknownAdapterError:
-            manifest = None
-        except CorruptAdapterError as error:
-            raise AdapterRefusedError(error.message, "model") from None
+        manifest = self._resolve(model)
         if manifest is not None and self._is_served(manifest):
             return manifest
         if model in self.base.names or (manifest is not None and str(manifest.ref) == self.base.published):
             return None
         raise UnknownModelError(self._reason(model, manifest), "model")
 
-    def cards(self) -> list[dict[str, Any]]:
-        """Every model id as OpenAI's model object: the base, its adapters by name and version, the aliases that point at them."""
+    def _resolve(self, model: str) -> AdapterManifest | None:
+        """An adapter by the registry, or by what it said before while it cannot be read: what is in memory goes on answering."""
+        try:
+            manifest = self.registry.resolve(model)
+        except UnknownAdapterError:
+            if self.registry.is_there or not self._known:
+                self._known.pop(model, None)
+                return None
+            return self._remembered(model)
+        except OSError:
+            return self._remembered(model)
+        except CorruptAdapterError as error:
+            raise AdapterRefusedError(error.message, "model") from None
+        self._known[model] = manifest
+        self._known.move_to_end(model)
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return manifest
+
+    def _remembered(self, model: str) -> AdapterManifest | None:
+        if model in self._known:
+            return self._known[model]
+        if model in self.base.names:
+            return None
+        raise UnreachableError("the registry cannot be read now, and this model was not asked for before; try again", "model")
+
+    def names(self, manifest: AdapterManifest | None) -> list[str]:
+        """What keys may call an adapter by, beside its aliases: `name@version`, and every version by the name; or the base's."""
+        return [str(manifest.ref), manifest.name] if manifest else self.base.names
+
+    def cards(self, caller: Caller = ANONYMOUS) -> list[dict[str, Any]]:
+        """Every model id that a caller may use, as OpenAI's model object: the base, its adapters by name and version, and the aliases of
+        those."""
         adapters = [manifest for manifest in self.registry.adapters() if self._is_served(manifest)]
         taken = {name for manifest in adapters for name in (manifest.name, str(manifest.ref))}
         served = {str(manifest.ref): manifest for manifest in adapters}
         aliases = [(alias, served[target]) for alias, target in self.registry.aliases().items() if target in served]
         return [
-            *(self.base_card(name) for name in self.base.names if name not in taken),
-            *(adapter_card(str(manifest.ref), manifest) for manifest in adapters),
-            *(adapter_card(alias, manifest) for alias, manifest in aliases),
+            *(self.base_card(name) for name in self.base.names if name not in taken and caller.may_call(*self.base.names)),
+            *(adapter_card(str(manifest.ref), manifest) for manifest in adapters if caller.may_call(*self.names(manifest))),
+            *(adapter_card(alias, manifest) for alias, manifest in aliases if caller.may_call(alias, *self.names(manifest))),
         ]
 
-    def card(self, model: str) -> dict[str, Any]:
-        """The model object of one id. Raises as `find` does."""
+    def card(self, model: str, caller: Caller = ANONYMOUS) -> dict[str, Any]:
+        """The model object of one id. Raises as `find` does, and ForbiddenError where the caller may not use it."""
         manifest = self.find(model)
+        caller.check(model, *self.names(manifest))
         return adapter_card(model, manifest) if manifest else self.base_card(model)
 
     def base_card(self, name: str) -> dict[str, Any]:

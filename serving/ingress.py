@@ -1,106 +1,231 @@
-"""The routes: wire types in, calls to a backend, OpenAI's JSON and server-sent events out. Every error has OpenAI's shape."""
+"""The routes: wire types in, calls to a backend, OpenAI's JSON and server-sent events out. Every error has OpenAI's shape.
 
+In front of them is the gate (`serving.gate`), which knows who is asking. Tokens are reserved and settled here, where the request is known.
+"""
+
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+import hone
 from hone.registry import Registry
-from serving.calls import Answer, Backend, ChatCall, Classified, CompletionCall, Done, Event, Failed, Number, Piece, Scores, Started
+from serving.access import KeyRing
+from serving.callers import Caller
+from serving.calls import (
+    Answer,
+    Backend,
+    Call,
+    ChatCall,
+    Classified,
+    CompletionCall,
+    Done,
+    Embedded,
+    Event,
+    Failed,
+    Number,
+    Piece,
+    Scores,
+    Started,
+)
 from serving.catalog import Catalog
-from serving.errors import RequestError
-from serving.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingsRequest, GenerateRequest
+from serving.document import document, error_responses
+from serving.errors import BusyError
+from serving.failures import answer_errors
+from serving.gate import OPEN, BodyLimit, Counts, Gate, visit_of
+from serving.limits import Limits, Reservation, Spent, expected_tokens
+from serving.metrics import CONTENT_TYPE, exposition
+from serving.releases import Released, adapter_header
+from serving.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingsRequest, GenerateRequest, TokenizeRequest
 from serving.shapes import ChatShape, CompletionShape, Shape, embeddings_list
 
-BODY_AT_MOST = 32 * 2**20
-"""Bytes of a request."""
-RETRY_AFTER_S = 1
+ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/classify",
+        "/v1/models",
+        "/v1/releases",
+        "/tokenize",
+        "/healthz",
+        "/metrics",
+        "/openapi.json",
+    }
+)
+"""Counted by themselves."""
 
 
-class BusyError(RequestError):
-    """More requests wait than the server holds; raised by backends."""
+def make_app(backend: Backend, registry: Registry, ring: KeyRing | None = None) -> FastAPI:
+    """The HTTP application over a backend; the registry is read for the list of models. Without a key ring everyone is let in."""
 
-    status = 429
-    type = "rate_limit_error"
-    default_code = "server_busy"
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        keeping = asyncio.create_task(ring.keep_fresh()) if ring is not None else None
+        yield
+        if keeping is not None:
+            keeping.cancel()
 
-
-def make_app(backend: Backend, registry: Registry) -> FastAPI:
-    """The HTTP application over a backend; the registry is read for the list of models."""
-    app = FastAPI(title="hone", docs_url=None, redoc_url=None, openapi_url=None)
+    counts, limits = Counts(), Limits()
+    app = FastAPI(title="hone", version=hone.__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=error_responses())
     app.add_middleware(BodyLimit)
-    _answer_errors(app)
+    app.add_middleware(Gate, ring=ring, counts=counts, routes=ROUTES)  # the outermost: nobody's body is read for nothing
+    answer_errors(app)
+    document(app, open_paths=OPEN)
+    backend = released = Released(backend, registry)
+    released.add_route(app)
+
+    _add_reading_routes(app, backend, registry, counts)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Any:
+        """Answers to a conversation; server-sent events where `stream` is true."""
+        shape = ChatShape(with_usage=body.with_usage, with_logprobs=bool(body.logprobs))
+        call = replace(body.call(), caller=_caller(request))
+        return await _generate(backend, body, call, shape, _reserve(limits, request, call))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Any:
+        """Continuations of prompts; server-sent events where `stream` is true."""
+        shape = CompletionShape(with_usage=body.with_usage, with_logprobs=body.logprobs is not None)
+        call = replace(body.call(), caller=_caller(request))
+        return await _generate(backend, body, call, shape, _reserve(limits, request, call))
+
+    @app.post("/v1/classify")
+    async def classify(body: ClassifyRequest, request: Request) -> Any:
+        """What texts, pictures or sounds are classified as."""
+        call = replace(body.call(), caller=_caller(request))
+        result = await _settled(backend.classify(call), _reserve(limits, request, call))
+        return JSONResponse(_classification(result), headers=adapter_header(result))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingsRequest, request: Request) -> Any:
+        """Vectors of texts."""
+        call = replace(body.call(), caller=_caller(request))
+        result = await _settled(backend.embed(call), _reserve(limits, request, call))
+        return JSONResponse(embeddings_list(result, as_base64=body.encoding_format == "base64"), headers=adapter_header(result))
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, request: Request) -> Any:
+        """What a model reads a text or a conversation as; no model runs."""
+        call = replace(body.call(), caller=_caller(request))
+        _reserve(limits, request, call)
+        result = await backend.tokenize(call)
+        if isinstance(result, Failed):
+            raise result.error
+        strings = result.strings if body.return_token_strs else None
+        found = {"count": len(result.tokens), "max_model_len": result.max_context, "tokens": result.tokens, "token_strs": strings}
+        return JSONResponse(found, headers=adapter_header(result))
+
+    return app
+
+
+def _add_reading_routes(app: FastAPI, backend: Backend, registry: Registry, counts: Counts) -> None:
+    """Routes that ask no model."""
 
     async def catalog() -> Catalog:
         return Catalog(registry, await backend.describe())
 
     @app.get("/healthz")
-    async def healthz() -> Any:
+    async def healthz(request: Request) -> Any:
+        """Whether requests are answered; to whoever may read metrics also how busy a replica is."""
         try:
             status = await backend.status()
         except BusyError:
             return {"status": "busy"}
-        return {"status": "ok", **asdict(status)}
+        caller = visit_of(request).caller
+        return {"status": "ok", **(asdict(status) if caller and caller.has("metrics") else {})}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Any:
+        """Everything that is measured, as Prometheus reads it."""
+        return Response(exposition(counts, await backend.measured()), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
-    async def models() -> Any:
+    async def models(request: Request) -> Any:
+        """The models that the key may use."""
         found = await catalog()
-        return {"object": "list", "data": found.cards()}
+        return {"object": "list", "data": found.cards(_caller(request))}
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> Any:
-        return (await catalog()).card(model)
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest) -> Any:
-        shape = ChatShape(with_usage=body.with_usage, with_logprobs=bool(body.logprobs))
-        return await _generate(backend, body, body.call(), shape)
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Any:
-        shape = CompletionShape(with_usage=body.with_usage, with_logprobs=body.logprobs is not None)
-        return await _generate(backend, body, body.call(), shape)
-
-    @app.post("/v1/classify")
-    async def classify(body: ClassifyRequest) -> Any:
-        result = await backend.classify(body.call())
-        if isinstance(result, Failed):
-            raise result.error
-        return JSONResponse(_classification(result), headers={"x-hone-adapter": result.served})
-
-    @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingsRequest) -> Any:
-        result = await backend.embed(body.call())
-        if isinstance(result, Failed):
-            raise result.error
-        return JSONResponse(embeddings_list(result, as_base64=body.encoding_format == "base64"), headers={"x-hone-adapter": result.served})
-
-    return app
+    async def model(model: str, request: Request) -> Any:
+        """One model."""
+        return (await catalog()).card(model, _caller(request))
 
 
-async def _generate(backend: Backend, body: GenerateRequest, call: ChatCall | CompletionCall, shape: Shape) -> Any:
-    if not body.stream:
-        return _whole(await backend.answer(call), shape)
-    events = backend.generate(call)
-    # The first item is awaited here, while the status can still say what went wrong.
-    started = (await anext(events))[0]
+def _caller(request: Request) -> Caller:
+    caller = visit_of(request).caller
+    assert caller is not None, "the gate lets nobody else through to this route"
+    return caller
+
+
+def _reserve(limits: Limits, request: Request, call: Call) -> Reservation:
+    reservation = limits.reserve(call.caller, expected_tokens(call))
+    visit_of(request).headers.update(reservation.headers)
+    return reservation
+
+
+R = TypeVar("R", Classified, Embedded)
+
+
+async def _settled(answer: Awaitable[R | Failed], reservation: Reservation) -> R:
+    try:
+        result = await answer
+    except Exception:
+        reservation.settle(0)
+        raise
+    if isinstance(result, Failed):
+        reservation.settle(0)
+        raise result.error
+    reservation.settle(result.tokens)
+    return result
+
+
+async def _generate(
+    backend: Backend, body: GenerateRequest, call: ChatCall | CompletionCall, shape: Shape, reservation: Reservation
+) -> Any:
+    spent = Spent()
+    try:
+        if not body.stream:
+            whole = await backend.answer(call)
+            spent.note(whole)
+            reservation.settle(spent.tokens)
+            return _whole(whole, shape)
+        events = backend.generate(call)
+        # The first item is awaited here, while the status can still say what went wrong.
+        first = await anext(events)
+    except Exception:  # and not CancelledError: what a client that went away had reserved stays taken, for it may have been made
+        reservation.settle(spent.tokens)
+        raise
+    spent.note(first)
+    started = first[0]
     if isinstance(started, Failed):
+        reservation.settle(0)
         raise started.error
     assert isinstance(started, Started), "a backend says first whether it accepts"
     choices = call.n * (len(call.prompts) if isinstance(call, CompletionCall) else 1)
     return StreamingResponse(
-        _stream(events, started, shape, choices),
+        _stream(_noted(events, spent, reservation), started, shape, choices),
         media_type="text/event-stream",
-        headers={"x-hone-adapter": started.served, "cache-control": "no-cache", "x-accel-buffering": "no"},
+        headers={**adapter_header(started), "cache-control": "no-cache", "x-accel-buffering": "no"},
     )
+
+
+async def _noted(events: AsyncIterator[list[Event]], spent: Spent, reservation: Reservation) -> AsyncIterator[list[Event]]:
+    """The events, and at their end, or when the client goes away, the settlement."""
+    try:
+        async for ready in events:
+            spent.note(ready)
+            yield ready
+    finally:
+        reservation.settle(spent.tokens)
 
 
 def _whole(events: list[Event], shape: Shape) -> JSONResponse:
@@ -122,7 +247,7 @@ def _whole(events: list[Event], shape: Shape) -> JSONResponse:
     done.sort(key=lambda each: each.choice)
     choices = [shape.choice(pieces.get(each.choice, Piece(each.choice, "")), each.reason) for each in done]
     body = {**_envelope(shape, started, shape.object), "choices": choices, "usage": _usage(started, sum(d.tokens for d in done))}
-    return JSONResponse(body, headers={"x-hone-adapter": started.served})
+    return JSONResponse(body, headers=adapter_header(started))
 
 
 async def _stream(events: AsyncIterator[list[Event]], started: Started, shape: Shape, choices: int) -> AsyncIterator[str]:
@@ -140,7 +265,7 @@ async def _stream(events: AsyncIterator[list[Event]], started: Started, shape: S
                     made += tokens
                     yield _sse({**envelope, "choices": [shape.closing(choice, reason)]})
                 case Failed(error):
-                    yield _sse(_error_body(error.message, error.type, error.param, error.code))
+                    yield _sse(error.body)
                     return
     if shape.with_usage:
         yield _sse({**envelope, "choices": [], "usage": _usage(started, made)})
@@ -183,74 +308,3 @@ def _answered(result: Classified, answer: Answer) -> dict[str, Any]:
 
 def _sse(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def _error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """One place where errors become answers."""
-
-    @app.exception_handler(RequestError)
-    async def request_error(_: Request, error: RequestError) -> JSONResponse:
-        headers = {}
-        if isinstance(error, BusyError):
-            headers = {"retry-after": str(RETRY_AFTER_S)}
-        elif error.status >= 500:
-            headers = {"x-should-retry": "false"}  # the same request would fail again; OpenAI's client would send it three times
-        return JSONResponse(_error_body(error.message, error.type, error.param, error.code), error.status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        message, param = _explain(error.errors()[0])
-        return JSONResponse(_error_body(message, "invalid_request_error", param, None), 400)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        message = {404: f"no route {request.method} {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        body = _error_body(message.get(error.status_code, str(error.detail)), kind, None, None)
-        return JSONResponse(body, error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        message = f"the server failed on this request ({type(error).__name__}); its log says why"
-        return JSONResponse(_error_body(message, "server_error", None, "internal_error"), 500)
-
-
-def _explain(error: Any) -> tuple[str, str | None]:
-    """Message and `param` (`messages[0].content`) of one of pydantic's errors."""
-    if error["type"] == "json_invalid":
-        return f"the body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}", None
-    path = ""
-    for part in error["loc"][1:]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    if not path:
-        message = error["msg"].removeprefix("Value error, ")
-        return (message if error["type"] == "value_error" else "the body must be a JSON object, sent as application/json"), None
-    message = f"{path} is required" if error["type"] == "missing" else f"{path}: {error['msg'].removeprefix('Value error, ')}"
-    return message, path
-
-
-class BodyLimit:
-    """Refuses a body past BODY_AT_MOST while it comes in, and not after it has filled the memory."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, self._counted(receive) if scope["type"] == "http" else receive, send)
-
-    def _counted(self, receive: Receive) -> Callable[[], Awaitable[Message]]:
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > BODY_AT_MOST:
-                raise HTTPException(413, f"the body is past {BODY_AT_MOST // 2**20} MiB; send less")
-            return message
-
-        return counted

@@ -16,15 +16,17 @@ from torch import Tensor
 from hone.base_model import PROCESSOR_FILE
 from hone.errors import CorruptAdapterError, HoneError
 from hone.manifest import AdapterManifest
-from hone.registry import Registry
+from hone.registry import Registry, check_files
 from hone.storage import digest_of
 from models.tasks import TASKS
 from serving.base import Engine, Served, end_ids
 from serving.copies import load_copy, vectors_before
+from serving.disk import AdapterDisk
 from serving.engine.heads import OwnHeads
 from serving.engine.lora import AdapterWeights
-from serving.errors import AdapterRefusedError, RequestError
+from serving.errors import AdapterRefusedError, RequestError, UnreachableError
 from serving.kinds import generates, load_processor
+from serving.memory import AdapterMemory
 from serving.proof import prove
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -70,24 +72,47 @@ Any other that is set changes what the layers compute, so the adapter is refused
 class AdapterLoader:
     """Brings adapters of one engine into memory. Thread safe; the parts that touch the model run on the model's thread."""
 
-    def __init__(self, registry: Registry, engine: Engine) -> None:
+    def __init__(self, registry: Registry, engine: Engine, *, memory: AdapterMemory | None = None, disk: AdapterDisk | None = None) -> None:
+        """
+        Args:
+            registry: Where adapters are published.
+            engine: Where they are to answer.
+            memory: Keeps what was loaded once.
+            disk: Keeps files, where the registry is on another machine.
+        """
         self._registry = registry
         self._engine = engine
+        self._memory = memory
+        self._disk = disk
+        self._proven: set[str] = set()
+        """Digests of what has answered here as recorded: the same files do so again."""
         self._processors: WeakValueDictionary[str, Any] = WeakValueDictionary()
         """By digest of their files: versions trained on one base share one."""
 
     def load(self, manifest: AdapterManifest) -> Served:
-        """Read, check and prove one adapter. Blocks for as long as that takes.
+        """Bring one adapter to the model's device: out of memory, or read, checked and proven. Blocks for as long as that takes.
 
         Raises:
             AdapterRefusedError: its files are damaged, it needs what this engine does not do, or its outputs are not the recorded ones.
+            UnreachableError: the registry cannot be read.
         """
-        folder = self._registry.path(manifest.ref)
+        memory = self._memory if self._engine.mixes(manifest) else None
+        key = str(manifest.ref), manifest.digest
+        found = memory.get(key, self._engine.device) if memory is not None else None
+        if found is None:
+            found = self._read(manifest)
+            if memory is not None:
+                memory.put(key, found)
+        return found
+
+    def _read(self, manifest: AdapterManifest) -> Served:
         try:
-            self._registry.verify(manifest.ref)
+            folder = self._files(manifest)
             served = self._mixed(folder, manifest) if self._engine.mixes(manifest) else self._copy(folder, manifest)
-            golden = load_file(folder / GOLDEN_FILE)
-            self._engine.thread.call(lambda: prove(self._engine, served, golden)).result()
+            if manifest.digest not in self._proven:
+                golden = load_file(folder / GOLDEN_FILE)
+                self._engine.thread.call(lambda: prove(self._engine, served, golden)).result()
+                self._proven.add(manifest.digest)
         except RequestError:
             raise
         except CorruptAdapterError as error:
@@ -95,6 +120,19 @@ class AdapterLoader:
         except (HoneError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise AdapterRefusedError(f"{manifest.ref} cannot be served: {error}", "model") from error
         return served
+
+    def _files(self, manifest: AdapterManifest) -> Path:
+        """Its folder, every digest checked."""
+        folder = self._registry.path(manifest.ref)
+        try:
+            if self._disk is not None:
+                return self._disk.folder(manifest, folder)
+            check_files(folder, manifest)
+        except (CorruptAdapterError, OSError) as error:
+            if isinstance(error, CorruptAdapterError) and self._registry.is_there:
+                raise
+            raise UnreachableError(f"{manifest.ref} is not in memory, and the registry cannot be read now; try again", "model") from error
+        return folder
 
     def _mixed(self, folder: Path, manifest: AdapterManifest) -> Served:
         """LoRA matrices, and the head where there is one, to go beside the model that all share."""

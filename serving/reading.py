@@ -58,16 +58,24 @@ class Reader:
         """
         self._known([*call.sampling.logit_bias], "logit_bias")
         if isinstance(call, ChatCall):
-            _refuse_endless(served, sum(len(message["content"]) for message in call.messages), "messages")
-            try:
-                prompt = encode_prompt(served.processor, call.messages)
-            except DataError as error:
-                raise RequestError(error.message, "messages") from None
-            return [self._known(prompt, "messages")]
+            return [self._conversation(served, call.messages)]
         prompts = [self._tokens(served, prompt, "prompt") for prompt in call.prompts]
         if not all(prompts):
             raise RequestError("a prompt is empty; there must be at least one token to go on from", "prompt")
         return prompts
+
+    def tokens(self, served: Served, text: str | list[dict[str, Any]], *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text or a conversation.
+
+        Raises:
+            RequestError: this model reads no text, or it is too long by far.
+        """
+        if medium_of(served.task) != "text":
+            raise RequestError(f"{served.name} reads a {SAID[medium_of(served.task)]}, which has no tokens", "model")
+        if not isinstance(text, str):
+            return self._conversation(served, text)
+        _refuse_endless(served, len(text), "prompt")
+        return list(served.processor(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def questions(self, served: Served, inputs: Sequence[str | Media]) -> list[Question]:
         """What is to be classified.
@@ -121,6 +129,13 @@ class Reader:
         asked = _asked(served, {"input_ids": ids, "labels": words}, len(ids), alike=_width(served, ids), places=places)
         # A word of which the tokenizer makes nothing has no answer.
         return Question(asked, len(ids), text, [spans[words[at]] for at in places])
+
+    def _conversation(self, served: Served, messages: list[dict[str, Any]]) -> list[int]:
+        _refuse_endless(served, sum(len(message["content"]) for message in messages), "messages")
+        try:
+            return self._known(encode_prompt(served.processor, messages), "messages")
+        except DataError as error:
+            raise RequestError(error.message, "messages") from None
 
     def _tokens(self, served: Served, text: str | list[int], param: str) -> list[int]:
         if isinstance(text, str):

@@ -4,13 +4,15 @@ An ordinary class; `serving.app` deploys it on Ray Serve.
 """
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from hone.base_model import BaseModel, find_base_model
 from hone.errors import RegistryError
@@ -18,8 +20,9 @@ from hone.manifest import AdapterManifest
 from hone.registry import Registry
 from hone.storage import Home
 from hone.tasks import TASKS
+from hone.usage import Used
 from serving.adapters import AdapterPool
-from serving.base import Served, load_engine
+from serving.base import Served, free_memory, load_engine
 from serving.calls import (
     ROUTES,
     Call,
@@ -35,10 +38,12 @@ from serving.calls import (
     Piece,
     Started,
     Status,
+    TokenizeCall,
+    Tokenized,
 )
 from serving.catalog import BaseDescription, Catalog
-from serving.engine.alone import Alone
-from serving.engine.generation import PREFILL_TOKENS, Generation
+from serving.disk import DISK_BYTES, AdapterDisk
+from serving.engine.generation import PREFILL_TOKENS
 from serving.engine.row import Ended, Row, TextPiece, cancel
 from serving.engine.row import Event as RowEvent
 from serving.engine.sampling import make_chooser
@@ -46,7 +51,12 @@ from serving.engine.text import TextStream
 from serving.errors import RequestError
 from serving.kinds import routes_of
 from serving.loading import AdapterLoader
+from serving.measured import Measured, measured
+from serving.memory import CPU, SHARE, AdapterMemory
+from serving.metering import Meter
 from serving.reading import Reader, answer, room
+
+logger = logging.getLogger("ray.serve")
 
 
 class Replica:
@@ -62,21 +72,32 @@ class Replica:
         max_context: int | None = None,
         max_adapters: int = 64,
         max_copies: int = 2,
+        adapter_memory: int | None = None,
+        adapter_disk: str | None = None,
+        adapter_disk_bytes: int = DISK_BYTES,
         prefill_tokens: int = PREFILL_TOKENS,
         prefix_tokens: int | None = None,
+        name: str = "local",
+        is_metered: bool = False,
     ) -> None:
         """Load the base; everything else is loaded when it is first called.
+
+        Args:
+            name: What it is called in metrics.
+            is_metered: Whether usage goes to the store of the home.
+            (the others): As in `serving.app.ServeArgs`.
 
         Raises:
             BaseModelError: the base is not there, or cannot be served.
         """
         # In a replica's log, the report of a head that adapters bring reads like a fault, and a progress bar like a hundred lines.
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         opened = Home(home)
         registry = Registry(opened)
         found = find_base_model(base, home=opened, revision=revision)
         published = _published(base, found, registry)
+        self._name = name
         self._engine = load_engine(
             found,
             published=published,
@@ -98,24 +119,39 @@ class Replica:
         )
         self._catalog = Catalog(registry, self._description)
         self._reader = Reader(self._engine.vocabulary)
-        load = AdapterLoader(registry, self._engine).load
-        self._mixed = AdapterPool(load, capacity=max_adapters)
-        self._copies = AdapterPool(load, capacity=max_copies)
+        self._memory = AdapterMemory(capacity=int(free_memory(CPU) * SHARE) if adapter_memory is None else adapter_memory)
+        loader = AdapterLoader(
+            registry,
+            self._engine,
+            memory=self._memory,
+            disk=AdapterDisk(Path(adapter_disk).expanduser(), capacity=adapter_disk_bytes) if adapter_disk else None,
+        )
+        self._mixed = AdapterPool(loader.load, capacity=max_adapters)
+        self._copies = AdapterPool(loader.load, capacity=max_copies)
+        self._meter = Meter(opened.store_url if is_metered else None)
 
     async def describe(self) -> BaseDescription:
         return self._description
 
     async def status(self) -> Status:
-        works: list[Alone | Generation] = [self._engine.alone]
-        if self._engine.generation:
-            works.append(self._engine.generation)
+        engine = self._engine
         return Status(
-            running=sum(work.running for work in works),
-            waiting=sum(work.waiting for work in works) + self._engine.classification.waiting,
-            completed=sum(work.completed for work in works),
+            running=engine.running,
+            waiting=engine.waiting,
+            completed=engine.completed,
             adapters=self._mixed.resident,
             copies=self._copies.resident,
         )
+
+    def where(self, manifest: AdapterManifest) -> str:
+        """Where the adapter is nearest: `device`, `memory` or `files`."""
+        if str(manifest.ref) in self._mixed.resident:
+            return "device"
+        return "memory" if (str(manifest.ref), manifest.digest) in self._memory else "files"
+
+    async def measured(self) -> list[Measured]:
+        """See `Backend.measured`."""
+        return [measured(self._name, self._engine, (self._mixed, self._copies), self._memory, self._meter)]
 
     async def check_health(self) -> None:
         """Serve asks now and then, and replaces a replica that raises."""
@@ -123,12 +159,14 @@ class Replica:
             raise self._engine.thread.failure
 
     def stop(self) -> None:
-        """End the model's thread; requests that still run are told."""
+        """End the model's thread; requests that still run are told, and what was used is written."""
         self._engine.thread.stop()
+        self._meter.stop()
 
     async def generate(self, call: ChatCall | CompletionCall) -> AsyncIterator[list[Event]]:
         """See `Backend.generate`."""
-        deadline = math.inf if call.sampling.timeout_s is None else time.monotonic() + call.sampling.timeout_s
+        asked_at = time.monotonic()
+        deadline = math.inf if call.sampling.timeout_s is None else asked_at + call.sampling.timeout_s
         try:
             async with await self._served(call) as served:
                 prompts = await asyncio.to_thread(self._reader.prompts, served, call)
@@ -136,7 +174,7 @@ class Replica:
                 queue: asyncio.Queue[tuple[int, RowEvent]] = asyncio.Queue()
                 tell = partial(_tell, asyncio.get_running_loop(), queue)
                 rows = [
-                    _row(served, prompt, limit, call, choice, partial(tell, n * call.n + choice), deadline)
+                    _row(served, prompt, limit, call, choice, partial(tell, n * call.n + choice), asked_at, deadline)
                     for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
                     for choice in range(call.n)
                 ]
@@ -147,6 +185,7 @@ class Replica:
                         yield events
                 finally:
                     cancel(rows)
+                    self._count(call, served, rows, time.monotonic() - asked_at)
         except RequestError as error:
             yield [Failed(error)]
 
@@ -174,6 +213,7 @@ class Replica:
                 logits = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
                 answers = [answer(served, question, row) for question, row in zip(questions, logits, strict=True)]
                 tokens = sum(question.tokens for question in questions)
+                self._meter.add(call.caller, served.name, Used(1, prompt_tokens=tokens))
                 return Classified(served.name, served.digest, served.labels, served.problem_type, answers, tokens)
         except RequestError as error:
             return Failed(error)
@@ -188,7 +228,18 @@ class Replica:
                 asked = await asyncio.to_thread(self._reader.texts, served, call.inputs, heads)
                 self._engine.thread.call(lambda: self._engine.classification.add(asked))
                 vectors = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
-                return Embedded(served.name, served.digest, [vector.tolist() for vector in vectors], sum(each.cost for each in asked))
+                tokens = sum(each.cost for each in asked)
+                self._meter.add(call.caller, served.name, Used(1, prompt_tokens=tokens))
+                return Embedded(served.name, served.digest, [vector.tolist() for vector in vectors], tokens)
+        except RequestError as error:
+            return Failed(error)
+
+    async def tokenize(self, call: TokenizeCall) -> Tokenized | Failed:
+        """See `Backend.tokenize`."""
+        try:
+            async with await self._served(call) as served:
+                ids = await asyncio.to_thread(self._reader.tokens, served, call.text, add_special_tokens=call.add_special_tokens)
+                return Tokenized(served.name, served.digest, ids, served.processor.convert_ids_to_tokens(ids), served.max_context)
         except RequestError as error:
             return Failed(error)
 
@@ -197,13 +248,30 @@ class Replica:
         manifest = await asyncio.to_thread(self._catalog.find, call.model)
         base = self._engine.base
         name, task = (str(manifest.ref), manifest.task) if manifest else (base.name, base.task)
-        # The base says itself that it has no head, and `embed` what has no vectors.
-        is_told_later = isinstance(call, EmbedCall) or (manifest is None and isinstance(call, ClassifyCall))
+        call.caller.check(call.alias or call.model, call.model, *self._catalog.names(manifest))
+        # The base says itself that it has no head, `embed` what has no vectors, and `tokenize` what has no tokens.
+        is_told_later = isinstance(call, EmbedCall | TokenizeCall) or (manifest is None and isinstance(call, ClassifyCall))
         if ROUTES[type(call)] not in routes_of(task) and not is_told_later:
             raise RequestError(f"{name} is for {task} and does not answer here; POST {TASKS[task].route}", "model")
         if manifest is None:
             return nullcontext(base)
         return (self._mixed if self._engine.mixes(manifest) else self._copies).pinned(manifest)
+
+    def _count(self, call: ChatCall | CompletionCall, served: Served, rows: Sequence[Row], seconds: float) -> None:
+        """Meter a request, however it ended: each prompt that the model began with once, and every token that was made."""
+        begun = [row for row in rows[:: call.n] if row.read]
+        used = Used(1, sum(len(row.prompt) for row in begun), sum(row.kept for row in begun), sum(len(row.made) for row in rows))
+        self._meter.add(call.caller, served.name, used)
+        # Serve writes the request's id before each line.
+        logger.info(
+            "%s for %s: %d prompt tokens, %d of them kept, %d made, in %.3f s",
+            served.name,
+            call.caller.label,
+            used.prompt_tokens,
+            used.cached_tokens,
+            used.completion_tokens,
+            seconds,
+        )
 
     def _add(self, served: Served, rows: list[Row]) -> None:
         """Queue answers where their model makes them. On the model's thread."""
@@ -221,6 +289,7 @@ def _row(
     call: ChatCall | CompletionCall,
     choice: int,
     emit: Callable[[RowEvent], None],
+    asked_at: float,
     deadline: float,
 ) -> Row:
     sampling = call.sampling
@@ -243,14 +312,15 @@ def _row(
         end_ids=served.end_ids,
         max_tokens=limit,
         emit=emit,
-        tenant=call.tenant,
+        tenant=call.caller.tenant,
+        asked_at=asked_at,
         deadline=deadline,
     )
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
     scores = tuple(score for piece in pieces for score in piece.scores)
-    return Piece(pieces[0].choice, "".join(piece.text for piece in pieces), scores)
+    return Piece(pieces[0].choice, "".join(piece.text for piece in pieces), scores, pieces[-1].tokens)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[tuple[int, RowEvent]]", choice: int, event: RowEvent) -> None:
@@ -272,8 +342,8 @@ async def _events(queue: "asyncio.Queue[tuple[int, RowEvent]]", rows: int) -> As
         events: list[Event] = []
         for choice, event in ready:
             match event:
-                case TextPiece(text, scores):
-                    events.append(Piece(choice, text, scores))
+                case TextPiece(text, scores, tokens):
+                    events.append(Piece(choice, text, scores, tokens))
                 case Ended(reason, tokens):
                     events.append(Done(choice, reason, tokens))
                     rows -= 1

@@ -1,7 +1,7 @@
 """Requests on the wire, as OpenAI's client sends them.
 
 Types are strict: a number in quotes is an error. Parameters that would change the answer and that this version does not do are refused by
-name; those that change nothing (`user`, `metadata`, `store`) are accepted.
+name; those that change nothing (`metadata`, `store`) are accepted.
 """
 
 import base64
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from serving.calls import ChatCall, ClassifyCall, CompletionCall, EmbedCall, Media, Sampling
+from serving.calls import ChatCall, ClassifyCall, CompletionCall, EmbedCall, Media, Sampling, TokenizeCall
 from serving.errors import RequestError
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -49,6 +49,10 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 """JSON can spell strings that no tokenizer and no UTF-8 answer can hold."""
 
+TextsOrTokens = str | list[str] | list[int] | list[list[int]]
+"""As it comes; each request makes a list of it."""
+Classifiable = str | dict[Literal["image", "audio"], str]
+
 
 class Request(BaseModel):
     """What every request has."""
@@ -56,6 +60,13 @@ class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: Text = Field(min_length=1)
+    user: Text | None = None
+    safety_identifier: Text | None = None
+    """Whom the caller asks for; the newer name of `user`."""
+
+    @property
+    def asked_for(self) -> str | None:
+        return self.safety_identifier or self.user
 
     @model_validator(mode="after")
     def _asks_for_nothing_unsupported(self) -> "Request":
@@ -93,7 +104,7 @@ class GenerateRequest(Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _stop_as_list(cls, value: Any) -> Any:
         stop = [value] if isinstance(value, str) else value
@@ -139,7 +150,7 @@ class Message(BaseModel):
     content: Text
     name: Text | None = None
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[dict[str, Any]])
     @classmethod
     def _parts_as_text(cls, value: Any) -> Any:
         if not isinstance(value, list):
@@ -183,7 +194,7 @@ class ChatRequest(GenerateRequest):
     def call(self) -> ChatCall:
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         sampling = self.sampling(limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
-        return ChatCall(self.model, [message.as_row() for message in self.messages], self.n or 1, sampling)
+        return ChatCall(self.model, [message.as_row() for message in self.messages], self.n or 1, sampling, user=self.asked_for)
 
 
 class CompletionRequest(GenerateRequest):
@@ -192,7 +203,7 @@ class CompletionRequest(GenerateRequest):
     prompt: list[str | list[int]] = Field(min_length=1, max_length=ROWS_AT_MOST)
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
-    @field_validator("prompt", mode="before")
+    @field_validator("prompt", mode="before", json_schema_input_type=TextsOrTokens)
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return _texts_or_tokens(value, "a prompt")
@@ -200,7 +211,7 @@ class CompletionRequest(GenerateRequest):
     def call(self) -> CompletionCall:
         # OpenAI's completions stop after 16 tokens where nothing is said.
         limit = 16 if self.max_tokens is None else self.max_tokens
-        return CompletionCall(self.model, self.prompt, self.n or 1, self.sampling(limit, logprobs=self.logprobs))
+        return CompletionCall(self.model, self.prompt, self.n or 1, self.sampling(limit, logprobs=self.logprobs), user=self.asked_for)
 
 
 class EmbeddingsRequest(Request):
@@ -211,13 +222,32 @@ class EmbeddingsRequest(Request):
     dimensions: None = None
     """Vectors are as long as the encoder's are."""
 
-    @field_validator("input", mode="before")
+    @field_validator("input", mode="before", json_schema_input_type=TextsOrTokens)
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return _texts_or_tokens(value, "an input")
 
     def call(self) -> EmbedCall:
-        return EmbedCall(self.model, self.input)
+        return EmbedCall(self.model, self.input, user=self.asked_for)
+
+
+class TokenizeRequest(Request):
+    """POST /tokenize, as vLLM has it."""
+
+    prompt: Text | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either a prompt or messages", "prompt")
+        return self
+
+    def call(self) -> TokenizeCall:
+        text = [message.as_row() for message in self.messages] if self.messages else self.prompt or ""
+        return TokenizeCall(self.model, text, self.add_special_tokens, user=self.asked_for)
 
 
 class ClassifyRequest(Request):
@@ -225,7 +255,7 @@ class ClassifyRequest(Request):
 
     input: list[str | Media] = Field(min_length=1, max_length=ROWS_AT_MOST)
 
-    @field_validator("input", mode="before")
+    @field_validator("input", mode="before", json_schema_input_type=Classifiable | list[Classifiable])
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         inputs = value if isinstance(value, list) else [value]
@@ -234,7 +264,7 @@ class ClassifyRequest(Request):
         return [_classifiable(each, f"input[{n}]" if isinstance(value, list) else "input") for n, each in enumerate(inputs)]
 
     def call(self) -> ClassifyCall:
-        return ClassifyCall(self.model, self.input)
+        return ClassifyCall(self.model, self.input, user=self.asked_for)
 
 
 def _classifiable(value: Any, where: str) -> str | Media:

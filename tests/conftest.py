@@ -15,6 +15,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 
 from hone.storage import Home
+from tests.postgres import Postgres, running_postgres
 from tests.s3 import Store, running_store
 from tests.tiny import make_ast, make_bart, make_bert, make_llama, make_t5, make_vit
 
@@ -70,6 +71,12 @@ def shared_data() -> Path:
 def store() -> Iterator[Store]:
     """An S3 server of this session's own, on loopback."""
     yield from running_store()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of this session's own."""
+    yield from running_postgres()
 
 
 @pytest.fixture(scope="module")

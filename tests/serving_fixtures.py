@@ -74,6 +74,30 @@ def publish(
         return _publish(home, base, Path(folder), name, task=task, labels=labels, lineage=_lineage(seed))
 
 
+def publish_many(home: Home, base: Path, names: Sequence[str], **lora: Any) -> list[AdapterManifest]:
+    """Chat adapters that differ in their random weights: one model that is drawn anew for each, so a thousand take a minute."""
+    model = peft_model(base, seed=0, **lora)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    batch = tokenizer(list(GOLDEN_TEXTS), padding=True, padding_side="right", return_tensors="pt")
+    made = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        save_adapter(model, base, folder, is_chat=True)
+        for seed, adapter in enumerate(names):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    if "lora_" in key:
+                        parameter.normal_(std=0.2)
+                logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+            model.save_pretrained(folder, save_embedding_layers=False)
+            golden = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            last = logits[torch.arange(len(logits)), batch["attention_mask"].sum(-1) - 1].contiguous()
+            save_file({**golden, "logits": last}, folder / "golden.safetensors")
+            made.append(_publish(home, base, folder, adapter, task="chat", labels=None, lineage=_lineage(seed)))
+    return made
+
+
 def publish_trained(
     home: Home,
     base: Path,

@@ -7,10 +7,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import hone
-from hone.errors import RunFailedError
-from hone.manifest import AdapterManifest, FileEntry, Lineage
+from hone.errors import GateError, RunFailedError
+from hone.manifest import RECIPE_FILE, AdapterManifest, FileEntry, Lineage
 from hone.methods import how_served
+from hone.promotion import promote
 from hone.registry import Registry
+from hone.run_folder import tell
 from hone.storage import Home, write_text
 from models.tasks import TASKS
 from training.card import card
@@ -55,7 +57,7 @@ def check_export(job: Job, *, watch: Watch = unwatched) -> str:
 def publish(
     job: Job, metrics: dict[str, float], *, home: Home, trial: dict[str, Any] | None = None, folds: dict[str, Any] | None = None
 ) -> AdapterManifest:
-    """Put the checked export into the registry as the next version of the recipe's name, and move the recipe's alias to it.
+    """Put the checked export into the registry as the next version of the recipe's name.
 
     Args:
         job: A finished run.
@@ -66,7 +68,7 @@ def publish(
     """
     recipe, folder = job.recipe, job.export_folder
     TASKS[recipe.task].load_processor(job.base_folder).save_pretrained(folder)
-    write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+    write_text(folder / RECIPE_FILE, recipe.model_dump_json(indent=2) + "\n")
     kept = {name: value for name, value in metrics.items() if name.startswith(METRICS_KEPT)}
     created = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -94,11 +96,20 @@ def publish(
     for path in [*reported, *sorted(job.folder.glob(PLOTS))]:
         shutil.copyfile(path, folder / path.name)
     write_text(folder / "README.md", card(job, kept, created=created, trial=trial, folds=folds))
-    registry = Registry(home)
-    manifest = registry.publish(folder, recipe.name, describe=describe)
-    if recipe.publish.alias:
-        registry.set_alias(recipe.publish.alias, str(manifest.ref))
-    return manifest
+    return Registry(home).publish(folder, recipe.name, describe=describe)
+
+
+def move_alias(job: Job, manifest: AdapterManifest, *, home: Home) -> str:
+    """Move the recipe's alias, if it names one, to what was published; why not, if its gate does not let it."""
+    alias = job.recipe.publish.alias
+    if alias is None:
+        return ""
+    try:
+        promote(Registry(home), alias, str(manifest.ref), by=f"run {job.run_id}", why="published")
+    except GateError as error:
+        tell(job.folder, "gate_refused", alias=alias, adapter=str(manifest.ref), why=error.message)
+        return error.message
+    return ""
 
 
 def _reload_in_clean_process(folder: str) -> tuple[int, str]:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from models.tasks.causal import learns_prompt
 from serving.engine.fairness import FairQueue, Tenant
 from serving.engine.generation import FAILURES_AT_MOST
+from serving.engine.measures import Measures
 from serving.engine.row import Row, is_out, overflowed
 from serving.engine.sampling import Chosen, choose
 from serving.errors import EngineError
@@ -65,7 +66,8 @@ class _Answer:
 class Alone:
     """The answers in the making, and those that wait. All of it on the model's thread."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, measures: Measures | None = None) -> None:
+        self._measures = Measures() if measures is None else measures
         self.completed = 0
         self._device = device
         self._answers: list[_Answer] = []
@@ -92,6 +94,7 @@ class Alone:
             self._leave(answer)
         while self._waiting and len(self._answers) < AT_ONCE:
             self._answers.append(self._waiting.pop())
+            self._answers[-1].row.begin(self._measures)
             self._waiting.charge(self._answers[-1].tenant, len(self._answers[-1].row.prompt))
         for answer in list(self._answers):
             if not self._advance(answer):
@@ -125,6 +128,7 @@ class Alone:
             row.emit(overflowed())
             return False
         self._waiting.charge(row.tenant, 1)
+        row.timed(self._measures, time.monotonic())
         ended = row.take(Chosen(answer.first) if answer.first is not None and not row.made else token)
         self.completed += ended
         return not ended

@@ -1,15 +1,17 @@
 """Rows that wait to be classified; those that can share a forward pass do. All of it on the model's thread."""
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from models.tasks.task import TokenRow
 from serving.engine.heads import Heads
 from serving.engine.lora import AdapterWeights
+from serving.engine.measures import Measures
 from serving.errors import EngineError
 
 BATCH_TOKENS = 4096
@@ -31,12 +33,14 @@ class Asked:
     """Of which tokens the logits are wanted, where tokens have classes."""
     alike: tuple[int, ...] = ()
     """Rows of one forward pass have the same: where padding would change what a row is answered."""
+    queued_at: float = field(default_factory=time.monotonic)
 
 
 class Classification:
     """The queue. Rows of different adapters of one base run together, those of a model of its own among themselves."""
 
-    def __init__(self, *, max_rows: int) -> None:
+    def __init__(self, *, max_rows: int, measures: Measures | None = None) -> None:
+        self._measures = Measures() if measures is None else measures
         self.max_rows = max_rows
         self._waiting: deque[Asked] = deque()
 
@@ -78,6 +82,10 @@ class Classification:
 
     def _run(self, batch: list[Asked]) -> None:
         heads = batch[0].heads
+        self._measures.classify_rows.observe(len(batch))
+        now = time.monotonic()
+        for asked in batch:
+            self._measures.queue_wait.observe(now - asked.queued_at)
         try:
             logits = heads.logits(heads.collate([asked.row for asked in batch]), [asked.adapter for asked in batch]).cpu()
         except Exception as cause:

@@ -13,6 +13,7 @@ from serving.engine.cache import SlotCache
 from serving.engine.decoder import Decoder
 from serving.engine.decoding import Planner
 from serving.engine.fairness import FairQueue
+from serving.engine.measures import Measures
 from serving.engine.prefix import BLOCK, PrefixCache
 from serving.engine.row import Row, is_out, overflowed
 from serving.engine.sampling import Chosen, choose
@@ -28,7 +29,14 @@ class Generation:
     """Rows in slots 0..n-1: those that are answered, and behind them at most one whose prompt a step cannot read whole; and a queue."""
 
     def __init__(
-        self, decoder: Decoder, *, max_rows: int, max_context: int, prefill_tokens: int = PREFILL_TOKENS, prefix_tokens: int = 0
+        self,
+        decoder: Decoder,
+        *,
+        max_rows: int,
+        max_context: int,
+        prefill_tokens: int = PREFILL_TOKENS,
+        prefix_tokens: int = 0,
+        measures: Measures | None = None,
     ) -> None:
         """`prefix_tokens` is how many tokens of earlier prompts and answers are kept for those that begin alike."""
         self.max_rows = max_rows
@@ -43,6 +51,7 @@ class Generation:
         self._rows: list[Row] = []
         self._waiting: FairQueue[Row] = FairQueue()
         self._failures = 0
+        self.measures = Measures() if measures is None else measures
 
     @property
     def running(self) -> int:
@@ -51,6 +60,11 @@ class Generation:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def active_adapters(self) -> int:
+        """Adapters of the rows that run."""
+        return len({id(row.adapter) for row in list(self._rows) if row.adapter})
 
     def add(self, rows: Sequence[Row]) -> None:
         """Queue rows; prompt and max_tokens of each fit the context together (the caller has checked)."""
@@ -122,7 +136,7 @@ class Generation:
             new.append(self._waiting.pop())
             self._waiting.charge(row.tenant, left)
         for row in sorted(new, key=lambda row: id(row.adapter)):
-            row.read = self.prefixes.load(row.prefix_key, row.prompt, slot=len(self._rows))
+            row.begin(self.measures, kept=self.prefixes.load(row.prefix_key, row.prompt, slot=len(self._rows)))
             self._rows.append(row)
 
     def _could_share(self, row: Row, others: Sequence[Row], left: int) -> bool:
@@ -139,6 +153,7 @@ class Generation:
         plan = self._planner.plan([row.adapter for row in rows])
         tokens = self._run(range(len(rows)), rows, lambda: self._decoder.decode(self._cache, last, filled, plan))
         if tokens is not None:
+            self.measures.batch_rows.observe(len(rows))
             self._settle(0, tokens)
 
     def _run(self, slots: range, getting: Sequence[Row], forward: Callable[[], Tensor]) -> list[Chosen | None] | None:
@@ -162,6 +177,7 @@ class Generation:
     def _settle(self, first: int, tokens: Sequence[Chosen | None]) -> None:
         """Give the rows from slot `first` their tokens; those that end leave."""
         left = []
+        now = time.monotonic()
         for slot, token in enumerate(tokens, first):
             row = self._rows[slot]
             if token is None:
@@ -170,6 +186,7 @@ class Generation:
                 left.append(slot)
                 continue
             self._waiting.charge(row.tenant, 1)
+            row.timed(self.measures, now)
             if row.take(token):
                 self._keep(slot)
                 self.completed += 1

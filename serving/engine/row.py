@@ -1,11 +1,13 @@
 """One answer in the making: what it was asked with, what it has so far, and what it tells whoever waits for it."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from serving.engine.fairness import EVERYONE, Tenant
 from serving.engine.lora import AdapterWeights
+from serving.engine.measures import Measures
 from serving.engine.sampling import Chooser, Chosen
 from serving.engine.text import TextStream, TokenText, token_text
 from serving.errors import DeadlineError, EngineError, RequestError
@@ -33,6 +35,8 @@ class TextPiece:
     text: str
     scores: tuple[TokenScore, ...] = ()
     """Of the tokens that begin in this text, where they were asked for."""
+    tokens: int = 0
+    """That were made so far."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class Row:
     tenant: Tenant = EVERYONE
     deadline: float = math.inf
     """When it is given up, by `time.monotonic()`."""
+    asked_at: float = field(default_factory=time.monotonic)
+    """When the replica had the request."""
+    queued_at: float = field(default_factory=time.monotonic)
+    """When it began to wait for the model."""
+    token_at: float | None = None
+    """When it got its last token."""
+    kept: int = 0
+    """Prompt tokens that were found read already."""
     read: int = 0
     """Prompt tokens whose keys and values are in the slot."""
     made: list[int] = field(default_factory=list)
@@ -73,6 +85,22 @@ class Row:
     """Of tokens that are not told yet."""
     _told: int = 0
     """Characters that were given out."""
+
+    def begin(self, measures: Measures, *, kept: int = 0) -> None:
+        """The model begins with it; `kept` tokens of its prompt are read already."""
+        self.read = self.kept = kept
+        measures.queue_wait.observe(time.monotonic() - self.queued_at)
+        measures.prompt_tokens += len(self.prompt)
+        measures.cached_tokens += kept
+
+    def timed(self, measures: Measures, now: float) -> None:
+        """It gets a token."""
+        if self.token_at is None:
+            measures.time_to_first_token.observe(now - self.asked_at)
+        else:
+            measures.time_between_tokens.observe(now - self.token_at)
+        self.token_at = now
+        measures.completion_tokens += 1
 
     @property
     def is_read(self) -> bool:
@@ -110,7 +138,7 @@ class Row:
         told = [score for score in self._pending if everything or score.begins < self._told]
         del self._pending[: len(told)]
         if text or told:
-            self.emit(TextPiece(text, tuple(told)))
+            self.emit(TextPiece(text, tuple(told), len(self.made)))
 
     def _score(self, chosen: Chosen, logprob: float) -> TokenScore:
         tokenizer = self.text.tokenizer

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from serving.errors import EngineError
+from serving.errors import EngineError, StoppingError
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class ModelThread:
         self._thread.join()
 
     def _run(self) -> None:
-        error = EngineError("the server is stopping; send the request again")
+        error: EngineError = StoppingError("this replica is stopping; send the request again")
         try:
             with torch.inference_mode():
                 busy = False

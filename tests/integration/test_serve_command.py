@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ import psutil
 import pytest
 
 from cluster.connect import processes_in_session
+from hone.keys import Keys
 from hone.ports import free_port
+from hone.storage import Home
 
 READY = "Ctrl-C ends it."
 
@@ -26,11 +29,17 @@ def port() -> int:
 
 
 @pytest.fixture
-def server(llama: Path, port: int, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+def key(tmp_path: Path) -> str:
+    """One of the home that is served."""
+    return Keys(Home(tmp_path / ".hone").store_url).create("bot", scopes=["admin"])[1]
+
+
+@pytest.fixture
+def server(llama: Path, port: int, tmp_path: Path, host: str, key: str) -> Iterator["subprocess.Popen[str]"]:  # noqa: ARG001
     """`hone serve`, once it answers."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "HONE_"))}
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "serve", "--base", str(llama), "--port", str(port)],
+        [sys.executable, "-m", "cluster.cli", "serve", "--base", str(llama), "--host", host, "--port", str(port)],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
@@ -51,9 +60,16 @@ def server(llama: Path, port: int, tmp_path: Path) -> Iterator["subprocess.Popen
     process.communicate()
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
-def test_it_answers_and_leaves_nothing_behind(server: "subprocess.Popen[str]", llama: Path, port: int, name: str, code: int) -> None:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as response:
+@pytest.mark.parametrize(
+    ("host", "name", "code"), [("127.0.0.1", "SIGINT", 130), ("0.0.0.0", "SIGTERM", 143), ("127.0.0.1", "SIGKILL", -9)]
+)
+def test_it_answers_and_leaves_nothing_behind(
+    server: "subprocess.Popen[str]", llama: Path, port: int, key: str, name: str, code: int
+) -> None:
+    url = f"http://127.0.0.1:{port}/v1/models"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(url, timeout=30)
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"authorization": f"Bearer {key}"}), timeout=30) as response:
         assert str(llama) in [model["id"] for model in json.load(response)["data"]]
     (head,) = psutil.Process(server.pid).children()
     assert len(processes_in_session(head.pid)) > 5

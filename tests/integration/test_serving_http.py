@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
+import ray
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from hone.keys import Keys
 from hone.ports import free_port
 from hone.registry import Registry
 from hone.storage import Home
+from hone.usage import Usage, Used
 from serving.app import ServeArgs, build
+from serving.proxy import IMPORT_PATH
 from tests.serving_fixtures import greedy_alone, publish, reload_peft
 
 USER: Any = [{"role": "user", "content": "hello there, why does it rain?"}]
@@ -26,10 +32,12 @@ LABELS = {"tone": ["angry", "calm"], "topic": ["art", "news", "sport"]}
 class Server:
     """A running application."""
 
-    def __init__(self, home: Home, base: Path, port: int) -> None:
+    def __init__(self, home: Home, base: Path, port: int, *, prefix: str = "", key: str = "none") -> None:
         self.home = home
         self.base = base
         self.port = port
+        self.prefix = prefix
+        self.key = key
         self.registry = Registry(home)
 
     @property
@@ -38,16 +46,19 @@ class Server:
         return self.open(strict=True)
 
     def open(self, *, strict: bool) -> OpenAI:
-        url = f"http://127.0.0.1:{self.port}/v1"
-        return OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60, _strict_response_validation=strict)
+        url = f"http://127.0.0.1:{self.port}{self.prefix}/v1"
+        return OpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=60, _strict_response_validation=strict)
 
-    def http(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
+    def http(self, method: str, path: str, body: Any = None, **more: str) -> tuple[int, dict[str, str], Any]:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             payload = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-            connection.request(method, path, payload, {"content-type": "application/json"})
+            headers = {"content-type": "application/json", "authorization": f"Bearer {self.key}"}
+            headers |= {name.replace("_", "-"): value for name, value in more.items()}
+            connection.request(method, self.prefix + path, payload, headers)
             response = connection.getresponse()
-            return response.status, {name.lower(): value for name, value in response.getheaders()}, json.loads(response.read())
+            said, content = {name.lower(): value for name, value in response.getheaders()}, response.read()
+            return response.status, said, json.loads(content) if said["content-type"] == "application/json" else content.decode()
         finally:
             connection.close()
 
@@ -72,8 +83,14 @@ def until(true: Callable[[], bool], *, seconds: float = 30) -> bool:
 
 
 @pytest.fixture(scope="module")
-def served(local_ray: None, llama: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:  # noqa: ARG001
-    """A chat server and a classification server, two applications on one port."""
+def served(
+    openai_errors: None,  # noqa: ARG001
+    local_ray: None,  # noqa: ARG001
+    llama: Path,
+    bert: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Server]]:
+    """A chat server, a classification server, and a chat server that takes keys, three applications on one port."""
     port = free_port()
     home = Home(tmp_path_factory.mktemp("home"))
     publish(home, llama, "narrow", seed=1, r=2, target_modules=["q_proj", "v_proj"])
@@ -85,8 +102,25 @@ def served(local_ray: None, llama: Path, bert: Path, tmp_path_factory: pytest.Te
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(ServeArgs(base=str(llama), home=str(home.root), max_rows=4, max_queued=8)), name="chat", route_prefix="/")
     serve.run(build(ServeArgs(base=str(bert), home=str(home.root))), name="classify", route_prefix="/encoder")
-    yield {"chat": Server(home, llama, port), "encoder": Server(home, bert, port)}
+    keyed = Home(tmp_path_factory.mktemp("keyed"))
+    for name in ("narrow", "wide"):
+        publish(keyed, llama, name, seed=5, r=2, target_modules=["q_proj"])
+    root = Keys(keyed.store_url).create("root", scopes=["admin"])[1]
+    serve.run(build(ServeArgs(base=str(llama), home=str(keyed.root), max_rows=2)), name="keyed", route_prefix="/keyed")
+    yield {
+        "chat": Server(home, llama, port),
+        "encoder": Server(home, bert, port, prefix="/encoder"),
+        "keyed": Server(keyed, llama, port, prefix="/keyed", key=root),
+    }
     serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def openai_errors() -> Iterator[None]:
+    """What `hone serve` sets for Serve's proxies, before there is a Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
+        yield
 
 
 @pytest.fixture
@@ -184,7 +218,7 @@ def test_malformed_bodies_and_routes_have_openais_shape(server: Server) -> None:
         assert (got, set(answer["error"])) == (status, {"message", "type", "param", "code"}), (path, answer)
         assert headers["x-request-id"]
     status, headers, _ = server.http("POST", "/v1/chat/completions", {"model": "prod", "messages": USER, "max_tokens": 2})
-    assert (status, headers["x-hone-adapter"]) == (200, "wide@1")
+    assert (status, headers["x-hone-adapter"].split()[0]) == (200, "wide@1")
 
 
 def test_a_new_version_and_a_moved_alias_answer_without_a_restart(server: Server) -> None:
@@ -234,17 +268,104 @@ def test_an_encoder_serves_each_adapters_own_classes(served: dict[str, Server]) 
     server = served["encoder"]
 
     def classify(name: str) -> Any:
-        return server.http("POST", "/encoder/v1/classify", {"model": name, "input": ["the cat sat", "good morning"]})
+        return server.http("POST", "/v1/classify", {"model": name, "input": ["the cat sat", "good morning"]})
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(classify, [*LABELS] * 4))
     for name, (status, headers, body) in zip([*LABELS] * 4, answers, strict=True):
         assert status == 200, body
-        assert headers["x-hone-adapter"] == f"{name}@1"
+        assert headers["x-hone-adapter"].split()[0] == f"{name}@1"
         assert [list(row["probs"]) for row in body["data"]] == [LABELS[name]] * 2
         assert [sum(row["probs"].values()) for row in body["data"]] == pytest.approx([1, 1])
-    status, _, body = server.http("POST", "/encoder/v1/classify", {"model": server.base.name, "input": "x"})
+    status, _, body = server.http("POST", "/v1/classify", {"model": server.base.name, "input": "x"})
     assert (status, body["error"]["param"]) == (400, "model")
-    status, _, body = server.http("POST", "/encoder/v1/classify", {"model": "wide", "input": "x"})
+    status, _, body = server.http("POST", "/v1/classify", {"model": "wide", "input": "x"})
     assert status == 404
     assert "is an adapter of" in body["error"]["message"]
+
+
+def holder(server: Server, name: str, **settings: Any) -> Server:
+    """The same server, with a new key."""
+    token = Keys(server.home.store_url).create(name, **settings)[1]
+    return Server(server.home, server.base, server.port, prefix=server.prefix, key=token)
+
+
+def test_keys_open_refuse_and_end_on_a_running_server(served: dict[str, Server]) -> None:
+    root = served["keyed"]
+    bot = holder(root, "bot", project="acme", adapters=["narrow"], requests_per_minute=3)
+    assert [model.id for model in bot.client.models.list()] == ["narrow@1"]
+    answer = bot.client.chat.completions.with_raw_response.create(model="narrow", messages=USER, max_tokens=2)
+    assert answer.headers["x-ratelimit-remaining-requests"] == "2"
+    with pytest.raises(openai.PermissionDeniedError):
+        bot.chat("wide")
+    bot.chat("narrow")
+    with pytest.raises(openai.RateLimitError) as limited:
+        bot.chat("narrow", stream=True)
+    assert 1 <= int(limited.value.response.headers["retry-after"]) <= 20
+    nobody = Server(root.home, root.base, root.port, prefix=root.prefix)
+    with pytest.raises(openai.AuthenticationError) as refused:
+        nobody.chat("narrow")
+    assert (refused.value.code, bool(refused.value.request_id)) == ("invalid_api_key", True)
+    Keys(root.home.store_url).revoke("acme/bot")
+    assert until(lambda: bot.http("GET", "/v1/models")[0] == 401)
+    assert root.text("narrow", max_tokens=2) is not None
+
+
+def test_usage_and_metrics_of_a_running_server_agree(served: dict[str, Server]) -> None:
+    root = served["keyed"]
+    bot = holder(root, "metered")
+    answers = [bot.chat(name, max_tokens=7) for name in ("narrow", "wide", "wide")]
+    with bot.client.chat.completions.create(model="wide", messages=USER, max_tokens=180, temperature=1, stream=True) as stream:
+        next(iter(stream))
+    assert until(lambda: root.status()["running"] == 0)
+    status, headers, text = root.http("GET", "/metrics")
+    assert (status, headers["content-type"].partition(";")[0]) == (200, "text/plain")
+    samples = {(s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+
+    def total(name: str, **labels: str) -> float:
+        return sum(v for (n, *at), v in samples.items() if n == name and labels.items() <= dict(at).items())
+
+    usage = Usage(root.home.store_url)
+    key = next(key.id for key in Keys(root.home.store_url).all() if key.name == "metered")
+    assert until(lambda: usage.by("key").get((key,), Used()).requests == 4)
+    used = usage.by("key")[key,]
+    made = sum(answer.usage.completion_tokens for answer in answers)
+    assert used.completion_tokens > made, "what was made for a client that left is metered too"
+    assert used.completion_tokens < made + 180
+    assert total("hone_key_tokens_total", key="default/metered", kind="completion") == used.completion_tokens
+    assert total("hone_key_requests_total", key="default/metered") == 4
+    assert total("hone_time_to_first_token_seconds_count") >= 4
+    assert total("hone_replicas") == 1
+    assert root.http("GET", "/metrics", authorization=f"Bearer {bot.key}")[0] == 403
+
+
+def test_what_serves_own_proxy_answers_has_openais_shape(server: Server) -> None:
+    body = {"model": "wide", "messages": USER, "max_tokens": 200}
+    status, headers, answer = server.http("POST", "/v1/chat/completions", body, x_request_timeout_seconds="0.001")
+    assert (status, answer["error"]["code"], headers["x-should-retry"]) == (408, "request_timeout", "false")
+    assert server.text("wide", max_tokens=1) is not None
+
+
+def test_a_requests_id_is_given_back_and_in_the_log_of_ingress_and_replica(server: Server) -> None:
+    _, headers, _ = server.http("POST", "/v1/completions", {"model": "wide", "prompt": "a", "max_tokens": 2}, x_request_id="mine-4711")
+    assert headers["x-request-id"] == "mine-4711"
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+
+    def lines(of: str) -> list[str]:
+        return [line for path in logs.glob(f"replica_chat_{of}_*.log") for line in path.read_text().splitlines() if "mine-4711" in line]
+
+    assert until(lambda: any("/v1/completions for anonymous: 200" in line for line in lines("Ingress")))
+    assert until(lambda: any("wide@" in line and "2 made" in line for line in lines("Replica")))
+
+
+def test_a_replica_that_is_killed_is_a_503_to_try_again_and_then_answers(served: dict[str, Server]) -> None:
+    root = served["keyed"]
+    ours = [p for p in psutil.Process().children(recursive=True) if "".join(p.cmdline()[:1]).startswith("ray::ServeReplica:keyed:Replica")]
+    body = {"model": "narrow", "prompt": "a", "max_tokens": 250, "temperature": 1, "n": 16}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(root.http, "POST", "/v1/completions", body)
+        assert until(lambda: root.status()["running"] > 0)
+        ours[0].kill()
+        status, headers, answer = asked.result(120)
+    assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "replica_lost", "1")
+    assert until(lambda: root.http("POST", "/v1/completions", body | {"n": 1, "max_tokens": 2})[0] == 200, seconds=120)

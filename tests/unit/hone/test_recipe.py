@@ -111,6 +111,23 @@ def test_what_cannot_share_a_sequence_is_refused(tmp_path: Path, changes: dict[s
     assert said in refusal(tmp_path, tree)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"zero": {"stage": 3, "offload_param": {"device": "nvme"}}}, "zero.offload_param: state on NVMe is not supported"),
+        ({"zero": {"offload_optimizer": "nvme"}}, "true keeps them in the machine's memory"),
+        ({"zero": {"stage": 0}, "train": {"precision": "fp16"}}, "train.precision fp16 needs zero.stage 1, 2 or 3"),
+    ],
+)
+def test_what_deepspeed_or_a_checkpoint_cannot_do_is_refused_with_the_reason(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    assert said in refusal(tmp_path, {**MINIMAL, **changes})
+
+
+def test_fp16_leaves_the_plan_no_stage_without_zero(tmp_path: Path) -> None:
+    tree = {**MINIMAL, "zero": {"stage": "auto"}, "train": {"precision": "fp16"}}
+    assert allowed_stages(load_recipe(write(tmp_path, tree))) == [1, 2, 3]
+
+
 def test_workers_that_share_sequences_count_as_one_for_the_global_batch(tmp_path: Path) -> None:
     tree = {**MINIMAL, "train": {"global_batch_size": 2}, "scaling": {"num_workers": 8, "sequence_parallel_size": 4}}
     assert load_recipe(write(tmp_path, tree)).scaling.most_groups == 2

@@ -109,7 +109,7 @@ def test_an_alias_moves_in_one_step_and_keeps_its_history(home: Home, tmp_path: 
     registry.set_alias("prod", "bot")
     assert registry.resolve("prod").version == 2
     history = json.loads((home.registry / ".aliases" / "prod.json").read_text())["history"]
-    assert [move["target"] for move in history] == ["bot@1", "bot@2"]
+    assert [[target["version"] for target in state["targets"]] for state in history] == [["bot@1"], ["bot@2"]]
 
 
 def test_names_and_aliases_do_not_shadow_each_other(home: Home, tmp_path: Path) -> None:
@@ -152,3 +152,20 @@ def test_publishers_at_the_same_time_get_versions_of_their_own(home: Home, tmp_p
 def _publish_twice(root: Path, folder: Path) -> None:
     for _ in range(2):
         publish(Home(root), folder)
+
+
+def test_what_is_damaged_is_left_out_of_lists_and_named_when_it_is_asked_for(
+    home: Home, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(home)
+    for name in ("good", "bad"):
+        registry.publish(weights(tmp_path / name), name, describe=Describe(name))
+        registry.set_alias(f"{name}-alias", f"{name}@1")
+    (registry.path(AdapterRef("bad", 1)) / "manifest.json").write_text("{")
+    next(registry.root.glob(".aliases/good-alias*")).write_text("[]")
+    assert [str(manifest.ref) for manifest in registry.adapters()] == ["good@1"]
+    assert registry.aliases() == {"bad-alias": "bad@1"}
+    assert [record.message for record in caplog.records if "left out" in record.message]
+    for text in ("bad@1", "good-alias"):
+        with pytest.raises(CorruptAdapterError, match=text.partition("@")[0]):
+            registry.resolve(text)

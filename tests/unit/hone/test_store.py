@@ -1,6 +1,6 @@
 """The store: a job's state and its events change together, in whichever process."""
 
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -9,8 +9,8 @@ from hone.store import Store
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(f"sqlite:///{tmp_path / 'store.sqlite3'}")
+def store(store_url: str) -> Store:
+    return Store(store_url)
 
 
 def test_every_change_of_state_has_its_event(store: Store) -> None:
@@ -30,9 +30,9 @@ def test_a_job_that_has_ended_stays_as_it_ended(store: Store) -> None:
     assert [e.status for e in store.events("a")] == ["running", "failed"]
 
 
-def test_another_process_sees_what_was_written(store: Store, tmp_path: Path) -> None:
+def test_another_process_sees_what_was_written(store: Store, store_url: str) -> None:
     store.add_job("a", kind="train", recipe="r.yaml", status="running")
-    assert [job.id for job in Store(f"sqlite:///{tmp_path / 'store.sqlite3'}").jobs()] == ["a"]
+    assert [job.id for job in Store(store_url).jobs()] == ["a"]
 
 
 def test_an_unknown_job_is_an_error(store: Store) -> None:
@@ -43,3 +43,13 @@ def test_an_unknown_job_is_an_error(store: Store) -> None:
 def test_a_database_out_of_reach_is_said_in_one_line() -> None:
     with pytest.raises(ResourceError, match="cannot be opened"):
         Store("sqlite:////proc/nowhere.sqlite3")
+
+
+def test_processes_that_open_an_empty_store_at_once_all_do(store_url: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert [opened.jobs() for opened in pool.map(Store, [store_url] * 8)] == [[]] * 8
+
+
+def test_a_driver_that_is_not_there_is_named() -> None:
+    with pytest.raises(ResourceError, match=r"hone\[postgres\]"):
+        Store("postgresql+nodriver://host/db")

@@ -8,7 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from serving.calls import Event
-from serving.ingress import BODY_AT_MOST, BusyError, make_app
+from serving.errors import BusyError
+from serving.gate import BODY_AT_MOST
+from serving.ingress import make_app
 from serving.replica import Replica
 from tests.unit.serving.conftest import Shelf
 
@@ -165,11 +167,11 @@ def test_parameters_that_change_nothing_are_accepted(client: TestClient) -> None
 
 def test_an_answer_names_who_gave_it(client: TestClient, chat_shelf: Shelf) -> None:
     response = chat(client, model="narrow")
-    assert response.headers["x-hone-adapter"] == "narrow@1"
+    assert response.headers["x-hone-adapter"] == f"narrow@1 {chat_shelf.manifests['narrow'].digest}"
     assert response.json()["model"] == "narrow@1"
     assert response.json()["system_fingerprint"] == f"fp_{chat_shelf.manifests['narrow'].digest[:16]}"
     base = chat(client, model=chat_shelf.base.name)
-    assert base.headers["x-hone-adapter"] == str(chat_shelf.base)
+    assert base.headers["x-hone-adapter"].split() == [str(chat_shelf.base), chat_shelf.manifests["narrow"].base.fingerprint]
     assert base.json()["choices"][0]["message"]["content"] != response.json()["choices"][0]["message"]["content"]
 
 
@@ -190,7 +192,7 @@ def test_streamed_pieces_add_up_to_the_whole_answer(client: TestClient, stop: st
     whole = chat(client, max_tokens=40, n=2, seed=3, temperature=1, stop=stop).json()
     response = chat(client, max_tokens=40, n=2, seed=3, temperature=1, stop=stop, stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
-    assert response.headers["x-hone-adapter"] == "wide@1"
+    assert response.headers["x-hone-adapter"].startswith("wide@1 ")
     *chunks, last = events_of(response)
     assert last["choices"] == []
     assert last["usage"] == whole["usage"]
@@ -267,11 +269,11 @@ def test_a_busy_server_says_when_to_try_again(chat_shelf: Shelf) -> None:
             assert error_of(response)["code"] == "server_busy"
 
 
-def test_a_stopped_engine_is_a_500_that_is_not_retried(chat_shelf: Shelf) -> None:
+def test_a_replica_that_is_stopping_is_a_503_that_is_sent_again(chat_shelf: Shelf) -> None:
     replica = Replica(base=str(chat_shelf.base), home=str(chat_shelf.home.root))
     replica.stop()
     with TestClient(make_app(replica, chat_shelf.registry)) as client:
         response = chat(client)
-        assert response.status_code == 500
-        assert response.headers["x-should-retry"] == "false"
-        error_of(response)
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+        assert error_of(response)["code"] == "draining"
