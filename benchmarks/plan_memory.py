@@ -63,11 +63,14 @@ class Case:
     rows: int
     length: int
     recomputes: bool = False
+    shared_by: int = 1
+    """Workers that share each row."""
 
     @property
     def name(self) -> str:
         again = ", checkpointing" if self.recomputes else ""
-        return f"{self.shape}, {self.method}, ZeRO-{self.stage}, {self.rows} x {self.length} tokens{again}"
+        shared = f", rows shared by {self.shared_by}" if self.shared_by > 1 else ""
+        return f"{self.shape}, {self.method}, ZeRO-{self.stage}, {self.rows} x {self.length} tokens{again}{shared}"
 
 
 CASES = (
@@ -177,12 +180,12 @@ def _recipe(case: Case, folder: Path) -> Recipe:
         "train": {
             "max_steps": 2,
             "save_steps": 1,
-            "global_batch_size": 2 * WORKERS * case.rows,
+            "global_batch_size": 2 * WORKERS // case.shared_by * case.rows,
             "micro_batch_size": case.rows,
             "gradient_checkpointing": case.recomputes,
         },
         "zero": {"stage": case.stage},
-        "scaling": {"num_workers": WORKERS},
+        "scaling": {"num_workers": WORKERS, "sequence_parallel_size": case.shared_by},
     }
     return parse_recipe(tree, where="plan_memory")
 

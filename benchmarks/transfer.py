@@ -113,7 +113,10 @@ def _bases(kind: str, scratch: Path) -> dict[str, Path]:
 def _learn(kind: str, scratch: Path, base: Path, *, rows: int, seed: int, start: str) -> float:
     """Accuracy on the second half of the classes after learning from so many rows of them."""
     table = pq.read_table(scratch / "second-train.parquet")
-    chosen = np.random.default_rng(seed).permutation(len(table))[:rows]
+    generator = np.random.default_rng(seed)
+    chosen = generator.permutation(len(table))[:rows]
+    while len(pc.unique(table["label"].take(chosen))) < len(pc.unique(table["label"])):  # some of every class
+        chosen = generator.permutation(len(table))[:rows]
     train = scratch / f"{rows}-{seed}.parquet"
     pq.write_table(table.take(chosen), train)
     settings = SETS[kind]
@@ -198,6 +201,8 @@ def _draw(figures: dict[str, Any]) -> None:
             [line] = panel.plot(rows, middle, marker="o", label={"pretrained": "fine-tuned", "scratch": "from scratch"}[start])
             panel.fill_between(rows, [min(each) for each in values], [max(each) for each in values], alpha=0.2, color=line.get_color())
         panel.set(xscale="log", xlabel="rows to learn from", ylabel="accuracy", title=kind.replace("_", " "), ylim=(0, 1))
+        panel.set_xticks(rows, [f"{n:,}" for n in rows], minor=False)
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
         panel.legend()
     figure.tight_layout()
