@@ -6,11 +6,11 @@ A script of its own, `python -m benchmarks.plain_route BASE ROWS MARK`; the file
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def loop(config: dict[str, str]) -> None:
     """What each worker runs. Ray sends it without what the class in it needs, so that is imported here."""
+    from typing import Any
 
     import torch
     from peft import LoraConfig, get_peft_model
