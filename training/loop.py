@@ -10,6 +10,7 @@ from training.health import Health
 from training.job import Job
 from training.ledger import Ledger
 from training.metrics import MetricsFile
+from training.nvme import remove_swap
 from training.retention import refuse_broken_budget
 from training.spikes import LossWatch
 from training.start import start
@@ -22,6 +23,13 @@ WRITING = 20.0
 
 def train(job: Job, worker: Worker) -> None:
     """Run a job on this worker, from its newest checkpoint if there is one, and leave the result in `job.export_folder`."""
+    try:
+        _train(job, worker)
+    finally:
+        remove_swap(job, worker)
+
+
+def _train(job: Job, worker: Worker) -> None:
     recipe = job.recipe
     run = start(job, worker)
     total_steps = run.plan.total_steps

@@ -18,6 +18,7 @@ from training.evaluate import evaluate
 from training.forward import Batcher, TaskModule, choose_packing
 from training.job import Job
 from training.model import build_model, choose_dtype, load_base
+from training.nvme import prepare_swap, swap_folder
 from training.optim import Groups, make_optimizer
 from training.retention import Retention
 from training.sequence import sequence_group
@@ -69,13 +70,14 @@ def start(job: Job, worker: Worker) -> Started:
     """Build it all; the engine still answers as the base, or what the method makes of it before it has learnt anything."""
     recipe, task, method = job.recipe, TASKS[job.recipe.task], METHODS[job.recipe.method.type]
     deepspeed = prepare_deepspeed(use_gpu=job.use_gpu)
+    prepare_swap(job, worker)
     group = sequence_group(worker, size=recipe.scaling.sequence_parallel_size)
     device = torch.device("cuda", worker.local_rank) if job.use_gpu else torch.device("cpu")
     dtype = choose_dtype(recipe, use_gpu=job.use_gpu)
 
     rows = TokenRows(job.data, "train")
     plan = batch_plan(recipe, job.data.sources)
-    config = deepspeed_config(recipe, dtype=dtype, use_gpu=job.use_gpu)
+    config = deepspeed_config(recipe, dtype=dtype, use_gpu=job.use_gpu, swap=swap_folder(job, worker))
     model, heads = build_model(job, dtype=dtype, zero3=config if recipe.zero.stage == 3 else None, rank=worker.rank)
     packed = choose_packing(model, task, recipe.train, group)
     assert packed or group.size == 1, "prepare_job has refused what cannot be cut"

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,22 @@ SMALL = 100_000
 """Elements of a parameter that stage 3 leaves whole, DeepSpeed's own default."""
 
 
-def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = False) -> dict[str, Any]:
+UPDATED_AT_ONCE = 1_000_000_000
+"""Elements of a sub-group at stage 3, DeepSpeed's own default."""
+SWAPPED_AT_ONCE = 50_000_000
+"""The same where their state is on NVMe: 200 MB in memory for each of weights, gradients and two moments."""
+
+
+def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = False, swap: Path | None = None) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize` (https://www.deepspeed.ai/docs/config-json/).
 
     Batch sizes in it are for its log only: the loop says itself where a step ends, since packed steps differ in their forward passes.
+
+    Args:
+        recipe: What to run.
+        dtype: Of weights and gradients.
+        use_gpu: Whether memory is to be pinned for one.
+        swap: This rank's folder for the optimiser's state, where the recipe keeps it on NVMe.
     """
     return {
         "train_micro_batch_size_per_gpu": recipe.train.portion,
@@ -28,18 +41,19 @@ def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = Fals
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "fp16": fp16_config() if dtype is torch.float16 else {"enabled": False},
-        "zero_optimization": _zero(recipe, pin_memory=use_gpu),
+        "zero_optimization": _zero(recipe, pin_memory=use_gpu, swap=swap),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own AdamW for offloaded state has to be compiled
         "steps_per_print": 1_000_000_000,
     }
 
 
-def _zero(recipe: Recipe, *, pin_memory: bool) -> dict[str, Any]:
+def _zero(recipe: Recipe, *, pin_memory: bool, swap: Path | None) -> dict[str, Any]:
     zero, there = recipe.zero, {"device": "cpu", "pin_memory": pin_memory}
+    optimizer_there = there | {"device": "nvme", "nvme_path": str(swap)} if swap else there
     return {
         "stage": zero.stage,
-        **({"offload_optimizer": there} if zero.offload_optimizer else {}),
+        **({"offload_optimizer": optimizer_there} if zero.offload_optimizer else {}),
         **({"offload_param": there} if zero.offload_param else {}),
         # A moving average is of the shards, so small parameters must not be kept whole beside them.
         **(_of_stage_3(recipe) if zero.stage == 3 else {}),
@@ -51,7 +65,13 @@ def _of_stage_3(recipe: Recipe) -> dict[str, int]:
         "stage3_param_persistence_threshold": kept_whole(recipe),
         "stage3_max_live_parameters": recipe.zero.stage3_max_live_parameters,
         "stage3_max_reuse_distance": recipe.zero.stage3_max_reuse_distance,
+        "sub_group_size": sub_group_size(recipe),
     }
+
+
+def sub_group_size(recipe: Recipe) -> int:
+    """Elements whose optimiser state is updated at once at stage 3."""
+    return recipe.zero.sub_group_size or (SWAPPED_AT_ONCE if recipe.zero.offload_optimizer == "nvme" else UPDATED_AT_ONCE)
 
 
 def kept_whole(recipe: Recipe) -> int:

@@ -75,7 +75,7 @@ class Recipe(Settings):
 
 def allowed_stages(recipe: Recipe) -> list[Literal[0, 1, 2, 3]]:
     """The ZeRO stages under which the recipe can run at all, whatever it asks for."""
-    if recipe.zero.offload_param:
+    if recipe.zero.offload_param or recipe.zero.offload_optimizer == "nvme":
         return [3]
     needs_zero = recipe.zero.offload_optimizer or recipe.train.precision == "fp16"
     stages: list[Literal[0, 1, 2, 3]] = [1, 2] if needs_zero else [0, 1, 2]
@@ -113,6 +113,8 @@ def _check_method(recipe: Recipe) -> None:
     reason = _why_not_sharded(recipe)
     if (recipe.zero.stage == 3 or recipe.zero.offload_param) and reason:
         raise ValueError(reason)
+    if recipe.zero.offload_optimizer == "nvme" and getattr(recipe.method, "gradual_unfreezing", None):
+        raise ValueError("method.gradual_unfreezing empties the state of what thaws, in memory; use zero.offload_optimizer true")
     if recipe.zero.stage == 0 and recipe.train.precision == "fp16":
         raise ValueError("train.precision fp16 needs zero.stage 1, 2 or 3: without ZeRO, DeepSpeed 0.19 does not scale the loss")
     if recipe.method.type == "prefix" and recipe.train.gradient_checkpointing:

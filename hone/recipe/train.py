@@ -1,8 +1,9 @@
 """How the weights move: the optimiser, how long, what DeepSpeed shards, and the workers."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hone.recipe.settings import Fraction, Settings
 
@@ -94,8 +95,9 @@ class ZeroSettings(Settings):
 
     stage: Literal[0, 1, 2, 3, "auto"] = 2
     """0 nothing, 1 optimiser state, 2 and gradients, 3 and weights; auto the one that `hone plan` recommends."""
-    offload_optimizer: bool = False
-    """Keep the optimiser's state in the machine's memory and update weights there: for stages 1 to 3, where a GPU is too small."""
+    offload_optimizer: bool | Literal["nvme"] = False
+    """Keep the optimiser's state in the machine's memory (true) and update weights there: for stages 1 to 3, where a GPU is too small. nvme
+    keeps it in files under nvme_path, for stage 3, where the memory is too small as well."""
     offload_param: bool = False
     """Keep the frozen and trained weights there as well, and bring up each layer when it is needed: for stage 3."""
     stage3_max_live_parameters: int = Field(default=1_000_000_000, ge=1)
@@ -103,14 +105,19 @@ class ZeroSettings(Settings):
     memory and wait more. DeepSpeed's own default."""
     stage3_max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
     """A weight that is used again within so many elements stays gathered at stage 3. DeepSpeed's own default."""
+    nvme_path: Path | None = None
+    """A folder on each machine's own disk, for offload_optimizer nvme; a run's own folder in it goes when the run ends."""
+    sub_group_size: int | None = Field(default=None, ge=1)
+    """Elements whose optimiser state is updated at once at stage 3; from NVMe, that many are in memory four times in fp32. DeepSpeed's own
+    default is 1e9, and that of hone 5e7 with offload_optimizer nvme."""
 
-    @field_validator("offload_optimizer", "offload_param", mode="before")
+    @field_validator("offload_param", mode="before")
     @classmethod
-    def _is_no_device(cls, value: Any, info: ValidationInfo) -> Any:
+    def _is_no_device(cls, value: Any) -> Any:
         if value == "nvme" or (isinstance(value, dict) and value.get("device") == "nvme"):
             raise ValueError(
-                f"zero.{info.field_name}: state on NVMe is not supported, because checkpoints take weights and moments from memory, piece "
-                "by piece; true keeps them in the machine's memory"
+                "zero.offload_param: weights on NVMe are not supported, because each rank reads its part of the base into memory; "
+                "true keeps them in the machine's memory, and zero.offload_optimizer nvme moves the optimiser's state, six times as much"
             )
         return value
 
@@ -120,6 +127,10 @@ class ZeroSettings(Settings):
             raise ValueError("zero.offload_optimizer needs zero.stage 1, 2 or 3; stage 0 shards and moves nothing")
         if self.offload_param and self.stage not in (3, "auto"):
             raise ValueError("zero.offload_param needs zero.stage 3, which brings weights up layer by layer")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ValueError(f"zero.offload_optimizer nvme needs zero.stage 3, and this is {self.stage}; true goes with 1 and 2")
+        if (self.offload_optimizer == "nvme") != (self.nvme_path is not None):
+            raise ValueError("zero.offload_optimizer nvme and zero.nvme_path, the folder on each machine's disk, go together")
         return self
 
 

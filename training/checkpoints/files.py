@@ -8,8 +8,9 @@ digest is of what was meant to be written, so what the disk made of it is notice
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,11 +72,18 @@ def folder_name(step: int, attempt: int) -> str:
     return f"step-{step:08d}-{attempt:04d}"
 
 
-def write_part(folder: Folder, name: str, tensors: Mapping[str, torch.Tensor]) -> Part:
-    """Write tensors on the CPU as one safetensors file."""
+def write_part(folder: Folder, name: str, tensors: Mapping[str, torch.Tensor], values: Iterable[torch.Tensor] | None = None) -> Part:
+    """Write tensors on the CPU as one safetensors file.
+
+    Args:
+        folder: Where to.
+        name: Of the file.
+        tensors: By name; of those on the meta device `values` has what is in them.
+        values: One after another, as long as all of `tensors` and each of its size; by default `tensors` themselves.
+    """
     digest, size = hashlib.sha256(), 0
     with folder.writer(name) as file:
-        for block in [header_of(tensors), *map(_bytes_of, tensors.values())]:
+        for block in chain([header_of(tensors)], map(_bytes_of, tensors.values() if values is None else values)):
             view = memoryview(block)
             for start in range(0, len(view), BLOCK):  # the lock of Python is free while a block is digested and written
                 digest.update(view[start : start + BLOCK])

@@ -49,7 +49,7 @@ def resume(job: Job, state: TrainedState, worker: Worker) -> Resumed:
         _refuse_unproven(job, checkpoint, worker)
         _load(state, folder, checkpoint, worker)
         return _begin(job, worker, checkpoint, passed_over)
-    state.begin_moments({})  # without ZeRO, in 16 bits, DeepSpeed lets AdamW take a step of nothing when it is made, which would count
+    state.forget_moments()  # without ZeRO, in 16 bits, DeepSpeed lets AdamW take a step of nothing when it is made, which would count
     return _begin(job, worker, None, passed_over)
 
 
@@ -84,10 +84,7 @@ def _refuse_unproven(job: Job, checkpoint: Checkpoint, worker: Worker) -> None:
 
 def _load(state: TrainedState, folder: Folder, checkpoint: Checkpoint, worker: Worker) -> None:
     reader = PieceReader(folder, checkpoint.parts, place=worker.rank / worker.world_size)
-    state.begin_moments(checkpoint.adam_steps)
-    for piece in state.pieces():
-        reader.fill(key_of(piece.kind, piece.name), piece.start, piece.values)
-    state.take_up()
+    state.load(checkpoint.adam_steps, lambda piece: reader.fill(key_of(piece.kind, piece.name), piece.start, piece.values))
 
 
 def _begin(job: Job, worker: Worker, checkpoint: Checkpoint | None, passed_over: list[str]) -> Resumed:

@@ -1,4 +1,5 @@
-"""Checkpoints written beside the training: it waits while its state is copied, not while that is written.
+"""Checkpoints written beside the training: it waits while its state is copied, not while that is written. Where memory has no room for the
+state, which is on NVMe then, it has none for a copy either: training waits while one sub-group after another is written.
 
 Each rank writes what it holds, in a thread; rank 0's thread waits for the others' files and then writes the index. Where the state is
 small (an adapter's), all of it goes to rank 0 first, and a checkpoint is one file.
@@ -6,6 +7,7 @@ small (an adapter's), all of it goes to rank 0 first, and a checkpoint is one fi
 
 import json
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -52,11 +54,16 @@ class CheckpointWriter:
         began = time.perf_counter()
         self.wait()
         self._ledger.sync()
+        about = {"step": step, "attempt": self._ledger.attempt, "loss": loss, "guard": guard.state(), "metrics": metrics}
+        if state.is_on_nvme and not self._is_small:
+            outline = {_key(piece): piece.values for piece in state.outline() if self._is_mine(piece)}
+            values = (piece.values for piece in state.pieces() if self._is_mine(piece))
+            self._write(outline, values, state.steps(), about, None)
+            return
         tensors, adam_steps = self._copied(state)
         if tensors is not None:
-            about = {"step": step, "attempt": self._ledger.attempt, "loss": loss, "guard": guard.state(), "metrics": metrics}
             waited_s = time.perf_counter() - began
-            self._writing = self._thread.submit(self._write, tensors, adam_steps, about, waited_s)
+            self._writing = self._thread.submit(self._write, tensors, None, adam_steps, about, waited_s)
 
     def wait(self) -> None:
         """Until what was begun is written, or has failed."""
@@ -71,10 +78,13 @@ class CheckpointWriter:
         self._is_abandoned = kind is not None  # the other ranks may be gone, and what they have not written never comes
         self._thread.shutdown()
 
+    def _is_mine(self, piece: Piece) -> bool:
+        """Whether this rank saves it; of what every rank holds, the first does."""
+        return self._worker.rank == 0 or not piece.is_shared
+
     def _copied(self, state: TrainedState) -> tuple[dict[str, torch.Tensor] | None, dict[str, int]]:
-        pieces = [piece for piece in state.pieces() if self._worker.rank == 0 or not piece.is_shared]
         steps = state.steps()
-        copied = {key_of(piece.kind, piece.name, piece.start): _copy(piece) for piece in pieces}
+        copied = {_key(piece): piece.values.detach().to("cpu", copy=True) for piece in state.pieces() if self._is_mine(piece)}
         if not self._is_small or self._worker.world_size == 1:
             return copied, steps
         # Parts of an adapter are a few megabytes: pickled tensors, and one collective for all of them.
@@ -84,11 +94,19 @@ class CheckpointWriter:
             return None, {}
         return {k: v for tensors, _ in everyone for k, v in tensors.items()}, {k: v for _, known in everyone for k, v in known.items()}
 
-    def _write(self, tensors: dict[str, torch.Tensor], adam_steps: dict[str, int], about: dict[str, Any], waited_s: float) -> None:
+    def _write(
+        self,
+        tensors: dict[str, torch.Tensor],
+        values: Iterable[torch.Tensor] | None,
+        adam_steps: dict[str, int],
+        about: dict[str, Any],
+        waited_s: float | None,
+    ) -> None:
+        """Write this rank's part, as `write_part`, and on rank 0 the index. `waited_s` is None where training waits for all of it."""
         began, rank, root = time.monotonic(), self._worker.rank, self._job.checkpoints
         folder = root.below(folder_name(about["step"], about["attempt"]))
         try:
-            part = write_part(folder, f"{_part(rank)}.safetensors", tensors)
+            part = write_part(folder, f"{_part(rank)}.safetensors", tensors, values)
             if not self._is_small:
                 folder.write(f"{_part(rank)}.json", json.dumps({"part": part.model_dump(), "steps": adam_steps}).encode())
             if rank:
@@ -97,7 +115,8 @@ class CheckpointWriter:
             self._ledger.refuse_superseded()
             write_index(folder, Checkpoint(**about, world_size=self._worker.world_size, adam_steps=adam_steps, parts=parts))
             keep(root, last=self._job.recipe.checkpoints.keep_last, best_step=about["guard"]["best_step"])
-            took = {"waited_s": round(waited_s, 4), "written_s": round(time.monotonic() - began, 3)}
+            written_s = time.monotonic() - began
+            took = {"waited_s": round(written_s if waited_s is None else waited_s, 4), "written_s": round(written_s, 3)}
             tell(self._job.folder, "checkpoint", step=about["step"], bytes=sum(part.size for part in parts), **took)
         except (OSError, SupersededError) as error:
             # The run goes on: what it has learnt is worth more than this checkpoint, and the one before is still there.
@@ -135,5 +154,5 @@ def _part(rank: int) -> str:
     return f"part-{rank:05d}"
 
 
-def _copy(piece: Piece) -> torch.Tensor:
-    return piece.values.detach().to("cpu", copy=True)
+def _key(piece: Piece) -> str:
+    return key_of(piece.kind, piece.name, piece.start)

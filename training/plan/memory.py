@@ -16,7 +16,8 @@ min(T, 5e8), as `training.zero.fit_buckets` sets it:
     process       Python, torch, DeepSpeed, transformers; on a GPU the CUDA context, and NCCL's buffers.
 
 With zero.offload_optimizer the optimiser's part, with masters at any precision, and the gradients' part of N, with an fp32 copy for the
-step, are in the machine's memory; with zero.offload_param the shards of the weights are.
+step, are in the machine's memory; with zero.offload_param the shards of the weights are. From NVMe (offload_optimizer nvme) come four
+buffers in fp32 of a sub-group each, and a checkpoint is written from them.
 
 Who holds what is section 5 of ZeRO (https://arxiv.org/abs/1910.02054); buckets and copies are DeepSpeed 0.19's
 (runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py), and the reason why the paper's formulas alone fall short.
@@ -80,6 +81,8 @@ class Offload:
 
     optimizer: bool = False
     param: bool = False
+    swapped_at_once: int = 0
+    """Elements whose optimiser state is in memory at once, where it is on NVMe."""
 
 
 NOTHING_MOVED = Offload()
@@ -141,6 +144,9 @@ def memory(counts: Counts, stage: Stage, *, workers: int, activations: Need, on_
     optimizer = _optimizer(counts, stage, workers=workers, is_copy=moves_optimizer)
     checkpoint = _checkpoint(counts, stage, workers=workers)
     moved = (shards if moves_param else 0, _moved_gradients(counts, workers=workers) if moves_optimizer else 0)
+    if moves_optimizer and offload.swapped_at_once:
+        optimizer, moved = _swapped(counts, offload, workers=workers), (moved[0], _part(counts.trained, workers) * counts.bytes_each)
+        checkpoint = checkpoint if counts.saved_by_one else 0
     if not on_gpu:
         return Memory(
             weights=weights + shards + counts.copies,
@@ -188,6 +194,12 @@ def _optimizer(counts: Counts, stage: Stage, *, workers: int, is_copy: bool) -> 
     has_masters = counts.bytes_each < 4 or stage in (1, 2) or is_copy
     held = counts.trained if stage == 0 else _part(counts.trained, workers)
     return held * (12 if has_masters else 8)
+
+
+def _swapped(counts: Counts, offload: Offload, *, workers: int) -> int:
+    """DeepSpeed's four buffers. A sub-group ends with the parameter that fills it."""
+    most = offload.swapped_at_once + _part(counts.largest, workers)
+    return 4 * 4 * min(_part(counts.trained, workers), most)
 
 
 def _checkpoint(counts: Counts, stage: Stage, *, workers: int) -> int:

@@ -28,7 +28,7 @@ from training.plan.memory import STAGES, Offload, count
 from training.plan.speed import Work
 from training.plan.trace import Traced, trace
 from training.token_rows import TokenRows
-from training.zero import kept_whole
+from training.zero import kept_whole, sub_group_size
 
 NO_BF16 = {"V100", "T4"}
 MOST_TRACED = 64
@@ -183,9 +183,14 @@ def ask(recipe: Recipe, base: Base, data: PreparedData, *, on_gpu: bool, dtype: 
         fullness=mean / most_cost if packed else 1.0,
         stages=allowed_stages(recipe),
         micro_batch_size=micro,
-        offload=Offload(recipe.zero.offload_optimizer, recipe.zero.offload_param),
+        offload=_asked_offload(recipe),
         sequence_parallel_size=shared_by,
     )
+
+
+def _asked_offload(recipe: Recipe) -> Offload:
+    is_swapped = recipe.zero.offload_optimizer == "nvme"
+    return Offload(bool(recipe.zero.offload_optimizer), recipe.zero.offload_param, sub_group_size(recipe) if is_swapped else 0)
 
 
 def dtype_on(recipe: Recipe, cluster: Cluster) -> torch.dtype:

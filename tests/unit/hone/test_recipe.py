@@ -114,8 +114,17 @@ def test_what_cannot_share_a_sequence_is_refused(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"zero": {"stage": 3, "offload_param": {"device": "nvme"}}}, "zero.offload_param: state on NVMe is not supported"),
-        ({"zero": {"offload_optimizer": "nvme"}}, "true keeps them in the machine's memory"),
+        ({"zero": {"stage": 3, "offload_param": {"device": "nvme"}}}, "zero.offload_param: weights on NVMe are not supported"),
+        ({"zero": {"offload_optimizer": "nvme", "nvme_path": "/scratch"}}, "needs zero.stage 3, and this is 2"),
+        ({"zero": {"stage": 3, "offload_optimizer": "nvme"}}, "zero.nvme_path, the folder on each machine's disk, go together"),
+        ({"zero": {"stage": 3, "nvme_path": "/scratch"}}, "zero.nvme_path, the folder on each machine's disk, go together"),
+        (
+            {
+                "zero": {"stage": 3, "offload_optimizer": "nvme", "nvme_path": "/scratch"},
+                "method": {"type": "full", "gradual_unfreezing": {"every_steps": 5}},
+            },
+            "method.gradual_unfreezing empties the state of what thaws, in memory",
+        ),
         ({"zero": {"stage": 0}, "train": {"precision": "fp16"}}, "train.precision fp16 needs zero.stage 1, 2 or 3"),
     ],
 )

@@ -69,6 +69,18 @@ def test_what_cannot_be_moved_at_a_stage_stays() -> None:
     )
 
 
+def test_from_nvme_four_buffers_of_a_sub_group_are_in_memory_and_no_copy_for_a_checkpoint() -> None:
+    there = memory(FULL, 3, workers=8, activations=NOTHING, on_gpu=True, offload=Offload(optimizer=True))
+    swapped = memory(FULL, 3, workers=8, activations=NOTHING, on_gpu=True, offload=Offload(optimizer=True, swapped_at_once=1_000_000))
+    part, at_once = -(-FULL.trained // 8), 1_000_000 + -(-FULL.largest // 8)
+    assert at_once < part
+    assert swapped.total == there.total, "on the GPU nothing is other"
+    in_files = 12 * part + 4 * part + 12 * part  # moments and masters, the gradients' fp32 copy, the copy for a checkpoint
+    assert there.host - swapped.host == in_files - 16 * at_once
+    small = memory(FULL, 3, workers=8, activations=NOTHING, on_gpu=True, offload=Offload(optimizer=True, swapped_at_once=10**12))
+    assert there.host - small.host == in_files - 16 * part, "no buffer is larger than all there is"
+
+
 def test_on_a_cpu_offloading_saves_nothing() -> None:
     plain = memory(FP32, 3, workers=2, activations=NOTHING, on_gpu=False)
     moved = memory(FP32, 3, workers=2, activations=NOTHING, on_gpu=False, offload=Offload(optimizer=True, param=True))
