@@ -15,7 +15,7 @@ from hone.storage import Home
 from hone.tasks import TASKS, TaskName, curl
 
 if TYPE_CHECKING:
-    from cluster.deploy import Auth
+    from cluster.deploy import Auth, Replicas
 
 
 def serve(
@@ -28,24 +28,28 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="Dashboard URL of a Ray cluster to deploy to, instead of this machine.", show_default=False)
     ] = None,
+    replicas: Annotated[
+        str, typer.Option(help="How many replicas of the base; or FEWEST:MOST, as many as the requests take, such as 0:4.")
+    ] = "1",
     allow_anonymous: Annotated[bool, typer.Option("--allow-anonymous", help="Answer everyone who can reach it, without a key.")] = False,
 ) -> None:
     """Answer OpenAI-style requests for a base model and its published adapters.
 
     Once there are API keys (`hone keys create`), each request needs one; before that, those of this machine need none.
     """
-    from cluster.deploy import access_at, check_bind
+    from cluster.deploy import access_at, check_bind, parse_replicas
 
+    count = parse_replicas(replicas)
     if address is not None:
-        _serve_on_cluster(base, home, address, auth="off" if allow_anonymous else "auto")
+        _serve_on_cluster(base, home, address, auth="off" if allow_anonymous else "auto", replicas=count)
         return
     opened = Home(home)
     auth = access_at(host, opened, allow_anonymous=allow_anonymous)
     check_bind(host, port)
-    _serve_here(base, opened, host, port, auth)
+    _serve_here(base, opened, host, port, auth, count)
 
 
-def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth") -> None:
+def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth", replicas: "Replicas") -> None:
     from cluster.connect import local_ray
     from cluster.deploy import deploy_locally, url_of
     from hone.base_model import find_base_model
@@ -57,7 +61,7 @@ def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth") -> No
     try:
         with console.status("starting a local Ray") as status, local_ray() as ray:
             status.update(f"loading {base}")
-            models = deploy_locally(ray, base=folder, home=str(home.root), host=host, port=port, auth=auth)
+            models = deploy_locally(ray, base=folder, home=str(home.root), host=host, port=port, auth=auth, replicas=replicas)
             status.stop()
             print_how_to_ask(url_of(host, port), models, console=output())
             console.print("Ctrl-C ends it.")
@@ -69,7 +73,7 @@ def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth") -> No
         raise typer.Exit(130) from None
 
 
-def _serve_on_cluster(base: str, home: str | None, address: str, *, auth: "Auth") -> None:
+def _serve_on_cluster(base: str, home: str | None, address: str, *, auth: "Auth", replicas: "Replicas") -> None:
     """Deploy and return. The home is the one that was given, else ours if the cluster is this machine, else the cluster's own."""
     from cluster.dashboard import Dashboard
     from cluster.deploy import deploy, wait_until_deployed
@@ -83,6 +87,7 @@ def _serve_on_cluster(base: str, home: str | None, address: str, *, auth: "Auth"
         base=str(folder.resolve()) if is_here and folder.is_dir() else base,
         home=str(Home(home).root) if is_here else home,
         auth=auth,
+        replicas=replicas,
     )
     with notes().status(f"{dashboard.address} is loading {base}"):
         wait_until_deployed(dashboard)

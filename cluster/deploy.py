@@ -21,6 +21,8 @@ from hone.storage import Home
 from hone.tasks import TaskName
 
 Auth = Literal["auto", "required", "off"]
+Replicas = int | tuple[int, int]
+"""How many; or the fewest and the most."""
 IMPORT_PATH = "serving.app:build"
 APPLICATION = "hone"
 APPLICATIONS_PATH = "/api/serve/applications/"
@@ -46,6 +48,20 @@ def access_at(host: str, home: Home, *, allow_anonymous: bool) -> Auth:
     return "required"
 
 
+def parse_replicas(text: str) -> Replicas:
+    """`2`, or `0:4` for the fewest and the most.
+
+    Raises:
+        ResourceError: it is neither.
+    """
+    numbers = text.split(":")
+    if all(number.isdecimal() for number in numbers) and len(numbers) <= 2:
+        fewest, most = int(numbers[0]), int(numbers[-1])
+        if most >= 1 and fewest <= most:
+            return most if len(numbers) == 1 else (fewest, most)
+    raise ResourceError(f"--replicas {text}: is neither a number, such as 2, nor the fewest and the most, such as 0:4")
+
+
 def check_bind(host: str, port: int) -> None:
     """Refuse a port that is taken, and an address that is not this machine's.
 
@@ -60,7 +76,15 @@ def check_bind(host: str, port: int) -> None:
             raise ResourceError(f"port {port} on {host}: {_why(error)}; choose another with --port") from None
 
 
-def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str, int] | None = None, auth: Auth = "auto") -> None:
+def deploy(
+    dashboard: Dashboard,
+    *,
+    base: str,
+    home: str | None,
+    http: tuple[str, int] | None = None,
+    auth: Auth = "auto",
+    replicas: Replicas = 1,
+) -> None:
     """Ask the cluster for the serving application; other applications on it stay.
 
     Args:
@@ -69,11 +93,12 @@ def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str
         home: Home, as the replicas see it; by default their $HONE_HOME.
         http: Host and port of Serve's proxy, which only a cluster without Serve takes; by default the cluster's own.
         auth: Who needs an API key, as in `serving.app.ServeArgs`.
+        replicas: How many, likewise.
 
     Raises:
         ResourceError: the cluster does not answer, or refuses the configuration.
     """
-    args = {"base": base, "auth": auth, **({"home": home} if home else {})}
+    args = {"base": base, "auth": auth, "num_replicas": replicas, **({"home": home} if home else {})}
     application = {"name": APPLICATION, "import_path": IMPORT_PATH, "route_prefix": "/", "args": args}
     config: dict[str, Any] = {"applications": [*_others(dashboard), application]}
     if http is not None:
@@ -81,14 +106,16 @@ def deploy(dashboard: Dashboard, *, base: str, home: str | None, http: tuple[str
     dashboard.put(APPLICATIONS_PATH, config)
 
 
-def deploy_locally(ray: LocalRay, *, base: str, home: str, host: str, port: int, auth: Auth = "auto") -> dict[str, TaskName]:
+def deploy_locally(
+    ray: LocalRay, *, base: str, home: str, host: str, port: int, auth: Auth = "auto", replicas: Replicas = 1
+) -> dict[str, TaskName]:
     """Deploy on a local Ray and wait until it answers; the models that are served, and their tasks.
 
     Raises:
         RunFailedError: it failed to start.
     """
     dashboard = Dashboard(ray.dashboard, token=ray.token)
-    deploy(dashboard, base=base, home=home, http=(host, port), auth=auth)
+    deploy(dashboard, base=base, home=home, http=(host, port), auth=auth, replicas=replicas)
     wait_until_deployed(dashboard, is_alive=lambda: ray.process.poll() is None)
     return wait_until_healthy(url_of(host, port))
 

@@ -6,13 +6,14 @@ base. Serve's HTTP server binds 127.0.0.1 unless told otherwise.
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import ray
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -41,6 +42,8 @@ from serving.measured import Measured
 from serving.replica import Replica
 
 INGRESS_REQUESTS = 4096
+UPSCALE_S = 10.0
+"""How long there are too many requests before a replica is added; from none to one there is no wait."""
 MEASURED_WITHIN_S = 5.0
 """A replica that says nothing for so long is left out of the metrics."""
 
@@ -56,7 +59,13 @@ class ServeArgs(BaseModel):
     """Home folder, whose registry is served; `$HONE_HOME`, else ./.hone."""
     revision: str | None = None
     """Hub revision of the base."""
-    num_replicas: int = Field(default=1, ge=1)
+    num_replicas: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] = 1
+    """How many; or (fewest, most), as many as the requests take. With fewest 0 the last one goes too when nobody asks, and the next request
+    waits for the base to be loaded."""
+    idle_s: float = Field(default=300, ge=0)
+    """How long a replica is too many before it goes, where their number changes."""
+    drain_s: float = Field(default=600, ge=0)
+    """How long a replica that is to go may take for the answers that it has begun; it gets no more. After that it is ended."""
     max_rows: int = Field(default=16, ge=1)
     """Answers that one replica makes at once; more wait their turn."""
     max_context: int | None = Field(default=None, ge=8)
@@ -86,6 +95,12 @@ class ServeArgs(BaseModel):
     num_gpus: float | None = Field(default=None, ge=0)
     """GPUs of one replica; by default one where the cluster has any."""
 
+    @model_validator(mode="after")
+    def _fewest_first(self) -> "ServeArgs":
+        if not isinstance(self.num_replicas, int) and self.num_replicas[0] > self.num_replicas[1]:
+            raise ValueError(f"num_replicas: the fewest, {self.num_replicas[0]}, are more than the most, {self.num_replicas[1]}")
+        return self
+
 
 def build(args: ServeArgs) -> serve.Application:
     """The application: `serve.run(build(ServeArgs(base=...)))`, or `import_path: serving.app:build` with these args."""
@@ -93,7 +108,10 @@ def build(args: ServeArgs) -> serve.Application:
     home = str(Home(args.home).root)  # resolved here: a replica has another working directory
     replica = serve.deployment(ServedReplica).options(
         name="Replica",
-        num_replicas=args.num_replicas,
+        **_how_many(args),
+        request_router_config=RequestRouterConfig(request_router_class="serving.router.WarmRouter"),
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=args.drain_s,
         # Twice what runs at once, so that the engine always has the next rows at hand; the rest waits at the ingress.
         max_ongoing_requests=2 * args.max_rows,
         max_queued_requests=args.max_queued,
@@ -116,9 +134,30 @@ def build(args: ServeArgs) -> serve.Application:
     )
     # Many more than the replicas take: waiting streams sit here, and those past `max_queued` are answered 429.
     ingress = serve.deployment(serve.ingress()(Ingress)).options(
-        name="Ingress", max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 0}
+        name="Ingress",
+        max_ongoing_requests=INGRESS_REQUESTS,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=args.drain_s,
+        ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(bound, home, args.auth)
+    return ingress.bind(bound, home, args.auth, may_sleep=not isinstance(args.num_replicas, int) and args.num_replicas[0] == 0)
+
+
+def _how_many(args: ServeArgs) -> dict[str, Any]:
+    """Serve's settings for the number of replicas: one more where each has its slots full."""
+    if isinstance(args.num_replicas, int):
+        return {"num_replicas": args.num_replicas}
+    fewest, most = args.num_replicas
+    scaling = AutoscalingConfig(
+        min_replicas=fewest,
+        initial_replicas=max(fewest, 1),  # the ingress learns from it what is served
+        max_replicas=most,
+        target_ongoing_requests=args.max_rows,
+        upscale_delay_s=UPSCALE_S,
+        downscale_delay_s=args.idle_s,
+        look_back_period_s=UPSCALE_S,
+    )
+    return {"autoscaling_config": scaling}
 
 
 class ServedReplica(Replica):
@@ -141,9 +180,9 @@ def _gpus(asked: float | None) -> float:
 class Ingress:
     """The HTTP application, in front of the replicas."""
 
-    def __init__(self, replica: DeploymentHandle, home: str, auth: Auth) -> None:
+    def __init__(self, replica: DeploymentHandle, home: str, auth: Auth, *, may_sleep: bool) -> None:
         opened = Home(home)
-        self._app = make_app(ServeBackend(replica), Registry(opened), KeyRing(StoreKeys(opened.store_url), auth=auth))
+        self._app = make_app(ServeBackend(replica, may_sleep=may_sleep), Registry(opened), KeyRing(StoreKeys(opened.store_url), auth=auth))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -152,8 +191,9 @@ class Ingress:
 class ServeBackend:
     """Replicas behind a Serve handle."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle, *, may_sleep: bool) -> None:
+        """`may_sleep` says that there may be no replica, and that to ask for its health is no reason for one."""
+        self._handle, self._may_sleep = handle, may_sleep
         self._streaming = handle.options(stream=True)
         self._description: BaseDescription | None = None
 
@@ -163,8 +203,11 @@ class ServeBackend:
         return self._description
 
     async def status(self) -> Status:
-        status: Status = await self._ask("status")
-        return status
+        if not self._may_sleep:
+            asked: Status = await self._ask("status")
+            return asked
+        said = await self._everyone("status")  # a request that is routed would wake a replica
+        return next((status for status in said if isinstance(status, Status)), Status(0, 0, 0, [], []))
 
     async def generate(self, call: ChatCall | CompletionCall) -> AsyncIterator[list[Event]]:
         with _serves_errors():
@@ -188,11 +231,16 @@ class ServeBackend:
         return result
 
     async def measured(self) -> list[Measured]:
+        said = await self._everyone("measured")
+        return [measured for answer in said if isinstance(answer, list) for measured in answer]
+
+    async def _everyone(self, method: str) -> list[Any]:
+        """What the replicas say that there are and that answer in time."""
         try:
-            said = await self._handle.broadcast("measured").results_async(timeout_s=MEASURED_WITHIN_S, return_exceptions=True)
+            said: list[Any] = await self._handle.broadcast(method).results_async(timeout_s=MEASURED_WITHIN_S, return_exceptions=True)
         except (DeploymentUnavailableError, TimeoutError):
             said = []  # there is none, or one of them hangs; the ingress has numbers of its own
-        return [measured for answer in said if isinstance(answer, list) for measured in answer]
+        return said
 
     async def _ask(self, method: str, *args: Any) -> Any:
         with _serves_errors():
