@@ -82,9 +82,9 @@ def render(
         raise DataError(f"the chat template refuses these messages: {error}") from None
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
     """Tokens of a conversation up to where the assistant's answer begins."""
-    text = render(tokenizer, messages, add_generation_prompt=True)
+    text = render(tokenizer, messages, tools=tools, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from serving.engine.lora import AdapterWeights, Mixer
 from serving.engine.measures import Measures
 from serving.engine.thread import ModelThread, Work
 from serving.kinds import TASKS_OF, Kind, generates, is_causal, kind_of, load_processor, medium_of, own_task
+from serving.tools import ToolForm, tool_form
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,6 +62,11 @@ class Served:
     labels: tuple[str, ...] = ()
     """Classes in the order of the head's outputs; none where it answers a number."""
     problem_type: ProblemType | None = None
+
+    @cached_property
+    def tool_form(self) -> ToolForm:
+        """How calls of tools are written, where it chats."""
+        return tool_form(self.processor)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """What the ingress asks of a replica and what it hears back. Plain picklable values: they cross processes, and know no HTTP."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -11,6 +11,7 @@ from serving.catalog import BaseDescription
 from serving.engine.row import TokenScore
 from serving.errors import RequestError
 from serving.measured import Measured
+from serving.tool_stream import CallPiece
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,26 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Tools:
+    """What an answer may call."""
+
+    definitions: Sequence[dict[str, Any]]
+    """As OpenAI writes them; never none."""
+    choice: str = "auto"
+    """`auto`, `required`, or the name of the one to call."""
+    parallel: bool = True
+    """Whether one answer may have several calls."""
+
+    @property
+    def must_call(self) -> bool:
+        return self.choice != "auto"
+
+    @property
+    def many(self) -> bool:
+        return self.parallel and self.choice in ("auto", "required")
+
+
+@dataclass(frozen=True)
 class ChatCall:
     """`n` answers to a conversation."""
 
@@ -46,6 +67,9 @@ class ChatCall:
     """Whom the caller asks for, by which an alias may stick to a version."""
     alias: str | None = None
     """What `model` was called by, where the ingress has put the version for it."""
+    tools: Tools | None = None
+    schema: dict[str, Any] | None = None
+    """Of JSON, that the answers must follow; None is any text."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +160,8 @@ class Piece:
     """Of the tokens that begin in it, where they were asked for."""
     tokens: int = 0
     """That this choice has so far."""
+    calls: tuple[CallPiece, ...] = ()
+    """Of tools."""
 
 
 @dataclass(frozen=True)

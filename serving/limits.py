@@ -6,9 +6,11 @@ when it ends, what it did not use is given back, and what it used beyond that is
 why here and not in Redis.
 """
 
+import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from serving.callers import Caller
 from serving.calls import Call, ChatCall, CompletionCall, Done, Event, Media, Piece, Sampling, Started, TokenizeCall
@@ -127,8 +129,8 @@ def expected_tokens(call: Call) -> int:
     """What to reserve for a call: its prompt, and what its answers may have."""
     match call:
         case ChatCall():
-            prompt = sum(_length(str(message["content"])) for message in call.messages)
-            return prompt + call.n * _answer(call.sampling)
+            prompt = sum(_length(str(message["content"])) + _listed(message.get("tool_calls")) for message in call.messages)
+            return prompt + _listed(call.tools.definitions if call.tools else None) + call.n * _answer(call.sampling)
         case CompletionCall():
             return sum(map(_length, call.prompts)) + len(call.prompts) * call.n * _answer(call.sampling)
         case TokenizeCall():
@@ -139,6 +141,10 @@ def expected_tokens(call: Call) -> int:
 
 def _length(text: str | list[int]) -> int:
     return len(text.encode()) // BYTES_PER_TOKEN + 1 if isinstance(text, str) else len(text)
+
+
+def _listed(values: Sequence[dict[str, Any]] | None) -> int:
+    return _length(json.dumps(values, ensure_ascii=False)) if values else 0
 
 
 def _answer(sampling: Sampling) -> int:

@@ -58,7 +58,7 @@ class Reader:
         """
         self._known([*call.sampling.logit_bias], "logit_bias")
         if isinstance(call, ChatCall):
-            return [self._conversation(served, call.messages)]
+            return [self._conversation(served, call.messages, call.tools.definitions if call.tools else ())]
         prompts = [self._tokens(served, prompt, "prompt") for prompt in call.prompts]
         if not all(prompts):
             raise RequestError("a prompt is empty; there must be at least one token to go on from", "prompt")
@@ -130,10 +130,13 @@ class Reader:
         # A word of which the tokenizer makes nothing has no answer.
         return Question(asked, len(ids), text, [spans[words[at]] for at in places])
 
-    def _conversation(self, served: Served, messages: list[dict[str, Any]]) -> list[int]:
+    def _conversation(self, served: Served, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         _refuse_endless(served, sum(len(message["content"]) for message in messages), "messages")
+        shown, given = list(messages), None
+        if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+            shown, given = served.tool_form.shown(messages, tools)
         try:
-            return self._known(encode_prompt(served.processor, messages), "messages")
+            return self._known(encode_prompt(served.processor, shown, tools=given), "messages")
         except DataError as error:
             raise RequestError(error.message, "messages") from None
 

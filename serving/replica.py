@@ -43,18 +43,22 @@ from serving.calls import (
 )
 from serving.catalog import BaseDescription, Catalog
 from serving.disk import DISK_BYTES, AdapterDisk
+from serving.engine.constraint import Constraint
 from serving.engine.generation import PREFILL_TOKENS
 from serving.engine.row import Ended, Row, TextPiece, cancel
 from serving.engine.row import Event as RowEvent
 from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
 from serving.errors import RequestError
+from serving.grammar import Grammars
 from serving.kinds import routes_of
 from serving.loading import AdapterLoader
 from serving.measured import Measured, measured
 from serving.memory import CPU, SHARE, AdapterMemory
 from serving.metering import Meter
 from serving.reading import Reader, answer, room
+from serving.tool_grammar import answer_grammar
+from serving.tool_stream import CallPiece, ToolStream, joined
 
 logger = logging.getLogger("ray.serve")
 
@@ -119,6 +123,7 @@ class Replica:
         )
         self._catalog = Catalog(registry, self._description)
         self._reader = Reader(self._engine.vocabulary)
+        self._grammars = Grammars()
         self._memory = AdapterMemory(capacity=int(free_memory(CPU) * SHARE) if adapter_memory is None else adapter_memory)
         loader = AdapterLoader(
             registry,
@@ -170,18 +175,19 @@ class Replica:
         try:
             async with await self._served(call) as served:
                 prompts = await asyncio.to_thread(self._reader.prompts, served, call)
+                constraints = await asyncio.to_thread(self._constraints, served, call)
                 limits = [room(served, len(prompt), call.sampling) for prompt in prompts]
                 queue: asyncio.Queue[tuple[int, RowEvent]] = asyncio.Queue()
                 tell = partial(_tell, asyncio.get_running_loop(), queue)
                 rows = [
-                    _row(served, prompt, limit, call, choice, partial(tell, n * call.n + choice), asked_at, deadline)
+                    _row(served, prompt, limit, call, choice, constraints[choice], partial(tell, n * call.n + choice), asked_at, deadline)
                     for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
                     for choice in range(call.n)
                 ]
                 self._engine.thread.call(lambda: self._add(served, rows))
                 try:
                     yield [Started(served.name, served.digest, sum(map(len, prompts)))]
-                    async for events in _events(queue, len(rows)):
+                    async for events in _events(queue, len(rows), _tool_streams(served, call)):
                         yield events
                 finally:
                     cancel(rows)
@@ -257,6 +263,13 @@ class Replica:
             return nullcontext(base)
         return (self._mixed if self._engine.mixes(manifest) else self._copies).pinned(manifest)
 
+    def _constraints(self, served: Served, call: ChatCall | CompletionCall) -> Sequence[Constraint | None]:
+        """Of the answers to each prompt. Compiles, which may take a while."""
+        if isinstance(call, CompletionCall) or (call.tools is None and call.schema is None):
+            return [None] * call.n
+        grammar = answer_grammar(call.schema, call.tools, served.tool_form, served.processor)
+        return self._grammars.constraints(served, grammar, call.n)
+
     def _count(self, call: ChatCall | CompletionCall, served: Served, rows: Sequence[Row], seconds: float) -> None:
         """Meter a request, however it ended: each prompt that the model began with once, and every token that was made."""
         begun = [row for row in rows[:: call.n] if row.read]
@@ -288,6 +301,7 @@ def _row(
     limit: int,
     call: ChatCall | CompletionCall,
     choice: int,
+    constraint: Constraint | None,
     emit: Callable[[RowEvent], None],
     asked_at: float,
     deadline: float,
@@ -307,8 +321,10 @@ def _row(
             presence_penalty=sampling.presence_penalty,
             logit_bias=sampling.logit_bias,
             logprobs=sampling.logprobs,
+            constraint=constraint,
         ),
-        text=TextStream(served.processor, sampling.stop),
+        # The tags of calls may be special tokens; beyond them a grammar of calls allows none but those that end the answer.
+        text=TextStream(served.processor, sampling.stop, shows_special=isinstance(call, ChatCall) and call.tools is not None),
         end_ids=served.end_ids,
         max_tokens=limit,
         emit=emit,
@@ -320,7 +336,16 @@ def _row(
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
     scores = tuple(score for piece in pieces for score in piece.scores)
-    return Piece(pieces[0].choice, "".join(piece.text for piece in pieces), scores, pieces[-1].tokens)
+    calls = joined([call for piece in pieces for call in piece.calls])
+    return Piece(pieces[0].choice, "".join(piece.text for piece in pieces), scores, pieces[-1].tokens, tuple(calls))
+
+
+def _tool_streams(served: Served, call: ChatCall | CompletionCall) -> list[ToolStream]:
+    """What finds calls of tools in each answer; none where there are no tools."""
+    if isinstance(call, CompletionCall) or call.tools is None:
+        return []
+    must_call, must_follow = call.tools.must_call, call.schema is not None
+    return [ToolStream(served.tool_form, must_call=must_call, must_follow=must_follow) for _ in range(call.n)]
 
 
 def _tell(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[tuple[int, RowEvent]]", choice: int, event: RowEvent) -> None:
@@ -329,7 +354,9 @@ def _tell(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[tuple[int, RowE
         loop.call_soon_threadsafe(queue.put_nowait, (choice, event))
 
 
-async def _events(queue: "asyncio.Queue[tuple[int, RowEvent]]", rows: int) -> AsyncIterator[list[Event]]:
+async def _events(
+    queue: "asyncio.Queue[tuple[int, RowEvent]]", rows: int, streams: Sequence[ToolStream] = ()
+) -> AsyncIterator[list[Event]]:
     """Everything that is ready, each time something is, until every row has ended.
 
     Raises:
@@ -343,13 +370,21 @@ async def _events(queue: "asyncio.Queue[tuple[int, RowEvent]]", rows: int) -> As
         for choice, event in ready:
             match event:
                 case TextPiece(text, scores, tokens):
-                    events.append(Piece(choice, text, scores, tokens))
+                    calls: list[CallPiece] = []
+                    if streams:
+                        text, calls = streams[choice].push(text)
+                    if text or calls or scores:
+                        events.append(Piece(choice, text, scores, tokens, tuple(calls)))
                 case Ended(reason, tokens):
+                    if streams:
+                        text, reason = streams[choice].finish(reason)
+                        events += [Piece(choice, text, (), tokens)] if text else []
                     events.append(Done(choice, reason, tokens))
                     rows -= 1
                 case RequestError():
                     raise event
-        yield events
+        if events:
+            yield events
 
 
 def _published(name: str, base: BaseModel, registry: Registry) -> AdapterManifest | None:

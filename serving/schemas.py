@@ -7,12 +7,14 @@ name; those that change nothing (`metadata`, `store`) are accepted.
 import base64
 import binascii
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serving.calls import ChatCall, ClassifyCall, CompletionCall, EmbedCall, Media, Sampling, TokenizeCall
 from serving.errors import RequestError
+from serving.tool_schemas import TOOLS_AT_MOST, ResponseFormat, Text, Tool, ToolCall, ToolChoice, encodable, tools_of
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -37,17 +39,6 @@ ROWS_AT_MOST = 256
 """Prompts, or texts, pictures and sounds, in one request."""
 DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
 
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no character") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-"""JSON can spell strings that no tokenizer and no UTF-8 answer can hold."""
 
 TextsOrTokens = str | list[str] | list[int] | list[list[int]]
 """As it comes; each request makes a list of it."""
@@ -147,10 +138,13 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text
+    content: Text | None = None
+    """Only an assistant's that calls tools may be left out."""
     name: Text | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=TOOLS_AT_MOST)
+    tool_call_id: Text | None = None
 
-    @field_validator("content", mode="before", json_schema_input_type=str | list[dict[str, Any]])
+    @field_validator("content", mode="before", json_schema_input_type=str | list[dict[str, Any]] | None)
     @classmethod
     def _parts_as_text(cls, value: Any) -> Any:
         if not isinstance(value, list):
@@ -161,14 +155,42 @@ class Message(BaseModel):
         return "\n".join(str(text) for text in texts)
 
     @model_validator(mode="after")
-    def _no_tools(self) -> "Message":
-        called = [name for name in ("tool_calls", "function_call") if (self.model_extra or {}).get(name)]
-        if called:
-            raise RequestError(f"{called[0]} in a message is not supported by this server", "messages", "unsupported_parameter")
+    def _calls_no_functions(self) -> "Message":
+        if (self.model_extra or {}).get("function_call"):
+            raise RequestError(
+                "function_call in a message is not supported by this server; use tool_calls", "messages", "unsupported_parameter"
+            )
         return self
 
     def as_row(self) -> dict[str, Any]:
-        return {"role": self.role, "content": self.content, **({"name": self.name} if self.name else {})}
+        row: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.name:
+            row["name"] = self.name
+        if self.tool_calls:
+            row["tool_calls"] = [call.as_row() for call in self.tool_calls]
+        if self.role == "tool":
+            row["tool_call_id"] = self.tool_call_id
+        return row
+
+
+def rows_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """A conversation as templates read it.
+
+    Raises:
+        RequestError: a message lacks its content, or results and calls do not go together.
+    """
+    called: set[str] = set()
+    for n, message in enumerate(messages):
+        where = f"messages[{n}]"
+        if message.content is None and not message.tool_calls:
+            raise RequestError(f"{where}.content is required", f"{where}.content")
+        if message.tool_calls and message.role != "assistant":
+            raise RequestError(f"{where}.tool_calls: only an assistant calls tools", f"{where}.tool_calls")
+        called |= {call.id for call in message.tool_calls or []}
+        if message.role == "tool" and message.tool_call_id not in called:
+            says = "is required" if message.tool_call_id is None else "is that of no call in the messages before it"
+            raise RequestError(f"{where}.tool_call_id {says}", f"{where}.tool_call_id")
+    return [message.as_row() for message in messages]
 
 
 class ChatRequest(GenerateRequest):
@@ -178,6 +200,10 @@ class ChatRequest(GenerateRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=TOOLS_AT_MOST)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -194,7 +220,15 @@ class ChatRequest(GenerateRequest):
     def call(self) -> ChatCall:
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         sampling = self.sampling(limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
-        return ChatCall(self.model, [message.as_row() for message in self.messages], self.n or 1, sampling, user=self.asked_for)
+        return ChatCall(
+            self.model,
+            rows_of(self.messages),
+            self.n or 1,
+            sampling,
+            user=self.asked_for,
+            tools=tools_of(self.tools, self.tool_choice, parallel=self.parallel_tool_calls is not False),
+            schema=self.response_format.followed if self.response_format else None,
+        )
 
 
 class CompletionRequest(GenerateRequest):
@@ -246,7 +280,7 @@ class TokenizeRequest(Request):
         return self
 
     def call(self) -> TokenizeCall:
-        text = [message.as_row() for message in self.messages] if self.messages else self.prompt or ""
+        text = rows_of(self.messages) if self.messages else self.prompt or ""
         return TokenizeCall(self.model, text, self.add_special_tokens, user=self.asked_for)
 
 
@@ -269,7 +303,7 @@ class ClassifyRequest(Request):
 
 def _classifiable(value: Any, where: str) -> str | Media:
     if isinstance(value, str):
-        return _encodable(value)
+        return encodable(value)
     kind = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else None
     if kind not in ("image", "audio"):
         raise ValueError('an input is a text, {"image": "<base64>"} or {"audio": "<base64>"}')
@@ -294,7 +328,7 @@ def _texts_or_tokens(value: Any, what: str) -> list[str | list[int]]:
     several = [value] if is_one else value
     if not isinstance(several, list) or not all(isinstance(each, str) or _is_tokens(each) for each in several):
         raise ValueError(f"{what} is a text, a list of texts, a list of token ids, or a list of such lists")
-    return [_encodable(each) if isinstance(each, str) else each for each in several]
+    return [encodable(each) if isinstance(each, str) else each for each in several]
 
 
 def _is_tokens(value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from serving.calls import Embedded, Piece
 from serving.engine.row import TokenScore
+from serving.tool_stream import CallPiece
 
 LEAST = -9999.0
 """What OpenAI writes for a probability of zero, whose logarithm JSON cannot spell."""
@@ -26,14 +27,20 @@ class ChatShape:
 
     def choice(self, piece: Piece, reason: str) -> dict[str, Any]:
         """All of an answer."""
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        if piece.calls:
+            message["content"] = piece.text or None
+            message["tool_calls"] = [_call(call) for call in piece.calls]
         return {"index": piece.choice, "message": message, "logprobs": self._logprobs(piece), "finish_reason": reason}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        return {"index": piece.choice, "delta": {"content": piece.text}, "logprobs": self._logprobs(piece), "finish_reason": None}
+        delta: dict[str, Any] = {"content": piece.text} if piece.text or not piece.calls else {}
+        if piece.calls:
+            delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in piece.calls]
+        return {"index": piece.choice, "delta": delta, "logprobs": self._logprobs(piece), "finish_reason": None}
 
     def closing(self, index: int, reason: str) -> dict[str, Any]:
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
@@ -86,6 +93,13 @@ def embeddings_list(embedded: Embedded, *, as_base64: bool) -> dict[str, Any]:
     ]
     usage = {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens}
     return {"object": "list", "data": data, "model": embedded.served, "usage": usage}
+
+
+def _call(call: CallPiece) -> dict[str, Any]:
+    """A call of a tool, or more of its arguments."""
+    if call.id is None:
+        return {"function": {"arguments": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _scored(score: TokenScore) -> dict[str, Any]:

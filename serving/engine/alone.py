@@ -18,7 +18,7 @@ from models.tasks.causal import learns_prompt
 from serving.engine.fairness import FairQueue, Tenant
 from serving.engine.generation import FAILURES_AT_MOST
 from serving.engine.measures import Measures
-from serving.engine.row import Row, is_out, overflowed
+from serving.engine.row import Row, failure, is_out
 from serving.engine.sampling import Chosen, choose
 from serving.errors import EngineError
 
@@ -125,7 +125,7 @@ class Alone:
             return False
         self._failures = 0
         if token is None:
-            row.emit(overflowed())
+            row.emit(failure(row))
             return False
         self._waiting.charge(row.tenant, 1)
         row.timed(self._measures, time.monotonic())

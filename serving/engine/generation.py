@@ -15,7 +15,7 @@ from serving.engine.decoding import Planner
 from serving.engine.fairness import FairQueue
 from serving.engine.measures import Measures
 from serving.engine.prefix import BLOCK, PrefixCache
-from serving.engine.row import Row, is_out, overflowed
+from serving.engine.row import Row, failure, is_out
 from serving.engine.sampling import Chosen, choose
 from serving.errors import EngineError
 
@@ -181,7 +181,7 @@ class Generation:
         for slot, token in enumerate(tokens, first):
             row = self._rows[slot]
             if token is None:
-                row.emit(overflowed())
+                row.emit(failure(row))
                 self._cache.clear(slot)
                 left.append(slot)
                 continue

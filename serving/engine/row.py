@@ -44,7 +44,7 @@ class Ended:
     """The answer is complete."""
 
     reason: str
-    """`stop` (end of turn or a stop string) or `length` (max_tokens)."""
+    """`stop` (end of turn, a stop string, or nothing that the row's constraint lets follow) or `length` (max_tokens)."""
     tokens: int
     """Tokens that the model made, the end-of-turn token included."""
 
@@ -120,11 +120,13 @@ class Row:
         """Add a token, give out the text that it settles, and say whether the answer is complete."""
         self.made.append(chosen.token)
         ended = chosen.token in self.end_ids
+        constraint = self.chooser.constraint
         if chosen.logprob is not None and not ended:
             self._pending.append(self._score(chosen, chosen.logprob))
         text = self.text.finish() if ended else self.text.push(chosen.token)
-        reason = "stop" if ended or self.text.stopped else "length" if len(self.made) >= self.max_tokens else None
-        if reason == "length":
+        is_over = ended or self.text.stopped or (constraint is not None and constraint.is_complete)
+        reason = "stop" if is_over else "length" if len(self.made) >= self.max_tokens else None
+        if reason and not ended:
             text += self.text.finish()
             reason = "stop" if self.text.stopped else reason
         self._tell(text, everything=reason is not None and not self.text.stopped)
@@ -164,5 +166,9 @@ def is_out(row: Row, now: float) -> bool:
 TOO_LATE = "the request's timeout_s passed before its answer began; the server is busy, or the prompt is long"
 
 
-def overflowed() -> EngineError:
+def failure(row: Row) -> RequestError:
+    """Why there is no next token for a row."""
+    constraint = row.chooser.constraint
+    if constraint is not None and constraint.error:
+        return RequestError(f"this request's schema or tools could not be followed any further ({constraint.error}); make them simpler")
     return EngineError("the model's numbers overflowed on this request; its adapter's weights may be too large")

@@ -11,6 +11,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+from serving.engine.constraint import Constraint
+
 
 @dataclass(frozen=True)
 class Chooser:
@@ -33,6 +35,8 @@ class Chooser:
     """Added to the logits of these tokens."""
     logprobs: int | None = None
     """Log probabilities of the chosen token and of this many of the likeliest; None wants none."""
+    constraint: Constraint | None = None
+    """What the answer must be written as; no setting above allows a token that this forbids."""
     counts: dict[int, int] = field(default_factory=dict)
     """How often each token was chosen, where a penalty asks."""
 
@@ -60,7 +64,7 @@ class Chosen:
 
     token: int
     logprob: float | None = None
-    """Of the model's own distribution, before temperature, filters, penalties and biases; None where it was not asked for."""
+    """Of the model's own distribution, before temperature, filters, penalties, biases and constraints; None where it was not asked for."""
     likeliest: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens of that distribution with their log probabilities, likeliest first."""
 
@@ -71,13 +75,18 @@ def make_chooser(*, seed: int | None, choice: int, **settings: object) -> Choose
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Chosen | None]:
-    """The next token of each row of `logits` [rows, vocabulary]; None where they are not numbers any more."""
-    finite = logits.amax(dim=-1).isfinite().tolist()
-    tokens = _tokens(_adjusted(logits, choosers), choosers, finite)
+    """The next token of each row of `logits` [rows, vocabulary]; None where they are not numbers any more, or where the row's constraint
+    has failed."""
+    adjusted = _constrained(_adjusted(logits, choosers), choosers)
+    # Where a constraint leaves no token, the largest of what is left is no number either.
+    finite = adjusted.amax(dim=-1).isfinite().tolist()
+    tokens = _tokens(adjusted, choosers, finite)
     chosen: list[Chosen | None] = [Chosen(token) if ok else None for token, ok in zip(tokens, finite, strict=True)]
     for n, chooser in enumerate(choosers):
         if chooser.counts_tokens:
             chooser.counts[tokens[n]] = chooser.counts.get(tokens[n], 0) + 1
+        if chooser.constraint is not None and finite[n]:
+            chooser.constraint.take(tokens[n])
     asked = [n for n, chooser in enumerate(choosers) if chooser.logprobs is not None and finite[n]]
     for n, scored in zip(asked, _scored(logits, asked, tokens, choosers), strict=True):
         chosen[n] = scored
@@ -92,6 +101,16 @@ def _adjusted(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
     rows, tokens, values = zip(*added, strict=True)
     where = torch.tensor([rows, tokens], device=logits.device)
     return logits.index_put((where[0], where[1]), torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+
+
+def _constrained(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    """Logits of minus infinity where a row's constraint forbids the token; the same tensor where no row has one."""
+    constraints = [(n, chooser.constraint) for n, chooser in enumerate(choosers) if chooser.constraint is not None]
+    if not constraints:
+        return logits
+    allowed = torch.stack([constraint.allowed(logits.shape[-1]) for _, constraint in constraints]).to(logits.device)
+    rows = torch.tensor([n for n, _ in constraints], device=logits.device)
+    return logits.index_copy(0, rows, logits[rows].where(allowed, -torch.inf))
 
 
 def _tokens(logits: Tensor, choosers: Sequence[Chooser], finite: Sequence[bool]) -> list[int]:

@@ -45,7 +45,9 @@ def token_text(tokenizer: Any, token: int) -> TokenText:
 class TextStream:
     """The answer of one row so far."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, shows_special: bool = False) -> None:
+        """`shows_special`: write special tokens too (some templates mark calls of tools by them)."""
+        self._shows_special = shows_special
         self.stopped = False
         """Whether a stop string came; nothing from it on is given out."""
         self.settled = 0
@@ -91,7 +93,9 @@ class TextStream:
         return text if self.stopped else text + rest
 
     def _decode(self, start: int) -> str:
-        return str(self.tokenizer.decode(self._ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(self._ids[start:], skip_special_tokens=not self._shows_special, clean_up_tokenization_spaces=False)
+        )
 
     def _without_stop(self, fresh: str) -> str:
         text = self._held + fresh
@@ -99,11 +103,11 @@ class TextStream:
         if found is not None:
             self.stopped, self._held = True, ""
             return text[:found]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

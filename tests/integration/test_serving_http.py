@@ -192,7 +192,7 @@ def test_bad_requests_raise_the_right_errors_and_the_server_keeps_answering(serv
         (openai.BadRequestError, {"temperature": "warm"}, None),
         (openai.BadRequestError, {"messages": []}, None),
         (openai.BadRequestError, {"messages": [{"role": "user", "content": "word " * 500}]}, "context_length_exceeded"),
-        (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter"),
+        (openai.BadRequestError, {"functions": [{"name": "f"}]}, "unsupported_parameter"),
         (openai.InternalServerError, {"model": "broken"}, "adapter_refused"),
     ]
     for stream in (False, True):
