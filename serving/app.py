@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from hone.recipe.serving import EngineName, VllmSettings
 from hone.registry import Registry
 from hone.storage import Home
 from serving.access import Auth, KeyRing, StoreKeys
@@ -35,6 +36,7 @@ from serving.calls import (
 from serving.catalog import BaseDescription
 from serving.disk import DISK_BYTES
 from serving.engine.generation import PREFILL_TOKENS
+from serving.engines import ROWS
 from serving.errors import BusyError, UnavailableError
 from serving.ingress import make_app
 from serving.measured import Measured
@@ -57,8 +59,12 @@ class ServeArgs(BaseModel):
     revision: str | None = None
     """Hub revision of the base."""
     num_replicas: int = Field(default=1, ge=1)
-    max_rows: int = Field(default=16, ge=1)
-    """Answers that one replica makes at once; more wait their turn."""
+    engine: EngineName = "slots"
+    """What makes the answers: hone's own slot engine, or vLLM (the extra hone[vllm], on NVIDIA GPUs)."""
+    vllm: VllmSettings = VllmSettings()
+    """What vLLM is told, where it is the engine."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Answers that one replica makes at once; more wait their turn. By default 16 by the slot engine, and 256 by vLLM."""
     max_context: int | None = Field(default=None, ge=8)
     """Tokens of prompt and answer together; by default as many as the base and the memory allow."""
     max_adapters: int = Field(default=64, ge=1)
@@ -70,7 +76,8 @@ class ServeArgs(BaseModel):
     adapter_disk_bytes: int = Field(default=DISK_BYTES, ge=0)
     """How many bytes of them."""
     max_copies: int = Field(default=2, ge=0)
-    """Copies of the base that one replica keeps, for adapters that cannot share a batch; each takes the base's memory once more."""
+    """Copies of the base that one replica keeps, for adapters that cannot share a batch; each takes the base's memory once more. vLLM keeps
+    none."""
     prefill_tokens: int = Field(default=PREFILL_TOKENS, ge=1)
     """Prompt tokens that are read between two tokens of the answers in the making."""
     prefix_tokens: int | None = Field(default=None, ge=0)
@@ -84,27 +91,30 @@ class ServeArgs(BaseModel):
     num_cpus: float = Field(default=1, ge=0)
     """CPU cores of one replica, and the threads that it computes with."""
     num_gpus: float | None = Field(default=None, ge=0)
-    """GPUs of one replica; by default one where the cluster has any."""
+    """GPUs of one replica; by default one where the cluster has any, and as many as share its base under vLLM."""
 
 
 def build(args: ServeArgs) -> serve.Application:
     """The application: `serve.run(build(ServeArgs(base=...)))`, or `import_path: serving.app:build` with these args."""
     args = ServeArgs.model_validate(args)
     home = str(Home(args.home).root)  # resolved here: a replica has another working directory
+    rows = args.max_rows or ROWS[args.engine]
     replica = serve.deployment(ServedReplica).options(
         name="Replica",
         num_replicas=args.num_replicas,
         # Twice what runs at once, so that the engine always has the next rows at hand; the rest waits at the ingress.
-        max_ongoing_requests=2 * args.max_rows,
+        max_ongoing_requests=2 * rows,
         max_queued_requests=args.max_queued,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": _gpus(args.num_gpus)},
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": _gpus(args)},
         health_check_period_s=5,
     )
     bound = replica.bind(
         base=args.base,
         home=home,
         revision=args.revision,
-        max_rows=args.max_rows,
+        engine=args.engine,
+        vllm=args.vllm,
+        max_rows=rows,
         max_context=args.max_context,
         max_adapters=args.max_adapters,
         max_copies=args.max_copies,
@@ -132,9 +142,11 @@ class ServedReplica(Replica):
             self.stop()
 
 
-def _gpus(asked: float | None) -> float:
-    if asked is not None:
-        return asked
+def _gpus(args: ServeArgs) -> float:
+    if args.num_gpus is not None:
+        return args.num_gpus
+    if args.engine == "vllm":
+        return args.vllm.tensor_parallel_size
     return 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
 
 
