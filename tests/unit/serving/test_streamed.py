@@ -201,10 +201,10 @@ def test_what_it_does_not_take_is_refused_with_the_reason(llama: Path, tmp_path:
     for name in ("dora", "factors"):
         assert told[name][0] == 404
         assert f"hone export {name}@1 --format merged" in told[name][1]
-        assert name not in listed
+        assert f"{name}@1" not in listed
     assert told["tone"][0] == 404
     assert "is for text-classification" in told["tone"][1]
-    assert "high" in listed
+    assert "high@1" in listed
     assert source.loaded == ["false@1", "fine@1"]
     assert source.unloaded == ["false@1"]
 
