@@ -10,18 +10,27 @@ from rich.console import Console
 
 from cluster.cli_run import HomeOption
 from cluster.terminal import notes, output
-from hone.errors import RunFailedError
+from hone.errors import RecipeError, ResourceError, RunFailedError
+from hone.recipe.serving import EngineName
 from hone.storage import Home
 from hone.tasks import TASKS, TaskName, curl
 
 if TYPE_CHECKING:
     from cluster.deploy import Auth, Replicas
+    from hone.recipe import ServingSettings
 
 
 def serve(
     base: Annotated[
-        str, typer.Option(help="Base model: a folder, a hub name, or a published whole model NAME@VERSION.", show_default=False)
-    ],
+        str | None, typer.Option(help="Base model: a folder, a hub name, or a published whole model NAME@VERSION.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe whose base is served, by the engine of its serving: section.", show_default=False)
+    ] = None,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option(help="What makes the answers: hone's own slot engine, or vLLM (pip install 'hone[vllm]').", show_default="slots"),
+    ] = None,
     home: HomeOption = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to answer on.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to answer on; one that others can reach takes API keys (`hone keys`).")] = "127.0.0.1",
@@ -40,16 +49,54 @@ def serve(
     from cluster.deploy import access_at, check_bind, parse_replicas
 
     count = parse_replicas(replicas)
+    base, serving = _what(base, recipe, engine)
     if address is not None:
-        _serve_on_cluster(base, home, address, auth="off" if allow_anonymous else "auto", replicas=count)
+        _serve_on_cluster(base, home, address, auth="off" if allow_anonymous else "auto", replicas=count, serving=serving)
         return
+    _check_engine_here(serving)
     opened = Home(home)
     auth = access_at(host, opened, allow_anonymous=allow_anonymous)
     check_bind(host, port)
-    _serve_here(base, opened, host, port, auth, count)
+    _serve_here(base, opened, host, port, auth, count, serving)
 
 
-def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth", replicas: "Replicas") -> None:
+def _what(base: str | None, recipe: Path | None, engine: EngineName | None) -> tuple[str, "ServingSettings"]:
+    """The base and its engine: what was said, and otherwise what the recipe says.
+
+    Raises:
+        RecipeError: there is no base, or the recipe is not one.
+    """
+    from hone.recipe import ServingSettings, load_recipe
+
+    found = load_recipe(recipe) if recipe else None
+    named = base or (found.base if found else None)
+    if named is None:
+        raise RecipeError("name what to serve: --base MODEL, or --recipe FILE for the base of a recipe")
+    serving = found.serving if found else ServingSettings()
+    return named, serving.model_copy(update={"engine": engine}) if engine else serving
+
+
+def _check_engine_here(serving: "ServingSettings") -> None:
+    """Refuse vLLM before anything is started where it cannot run on this machine.
+
+    Raises:
+        ResourceError: its package is not installed, or there are too few GPUs.
+    """
+    from hone.engines import check_engine
+
+    check_engine(serving.engine)
+    if serving.engine != "vllm":
+        return
+    import torch
+
+    there, wanted = torch.cuda.device_count(), serving.vllm.tensor_parallel_size
+    if there < wanted:
+        raise ResourceError(
+            f"engine vllm: it takes {wanted} GPU(s) and this machine has {there}; take --engine slots, or --address a cluster"
+        )
+
+
+def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth", replicas: "Replicas", serving: "ServingSettings") -> None:
     from cluster.connect import local_ray
     from cluster.deploy import deploy_locally, url_of
     from hone.base_model import find_base_model
@@ -61,7 +108,9 @@ def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth", repli
     try:
         with console.status("starting a local Ray") as status, local_ray() as ray:
             status.update(f"loading {base}")
-            models = deploy_locally(ray, base=folder, home=str(home.root), host=host, port=port, auth=auth, replicas=replicas)
+            models = deploy_locally(
+                ray, base=folder, home=str(home.root), host=host, port=port, auth=auth, replicas=replicas, serving=serving
+            )
             status.stop()
             print_how_to_ask(url_of(host, port), models, console=output())
             console.print("Ctrl-C ends it.")
@@ -73,7 +122,7 @@ def _serve_here(base: str, home: Home, host: str, port: int, auth: "Auth", repli
         raise typer.Exit(130) from None
 
 
-def _serve_on_cluster(base: str, home: str | None, address: str, *, auth: "Auth", replicas: "Replicas") -> None:
+def _serve_on_cluster(base: str, home: str | None, address: str, *, auth: "Auth", replicas: "Replicas", serving: "ServingSettings") -> None:
     """Deploy and return. The home is the one that was given, else ours if the cluster is this machine, else the cluster's own."""
     from cluster.dashboard import Dashboard
     from cluster.deploy import deploy, wait_until_deployed
@@ -88,6 +137,7 @@ def _serve_on_cluster(base: str, home: str | None, address: str, *, auth: "Auth"
         home=str(Home(home).root) if is_here else home,
         auth=auth,
         replicas=replicas,
+        serving=serving,
     )
     with notes().status(f"{dashboard.address} is loading {base}"):
         wait_until_deployed(dashboard)

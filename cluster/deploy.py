@@ -17,6 +17,7 @@ from cluster.connect import LocalRay
 from cluster.dashboard import Dashboard, open_url
 from hone.errors import ResourceError, RunFailedError
 from hone.keys import Keys
+from hone.recipe.serving import ServingSettings
 from hone.storage import Home
 from hone.tasks import TaskName
 
@@ -28,6 +29,7 @@ APPLICATION = "hone"
 APPLICATIONS_PATH = "/api/serve/applications/"
 FAILED = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
 POLL_S = 0.5
+SLOTS = ServingSettings()
 
 
 def access_at(host: str, home: Home, *, allow_anonymous: bool) -> Auth:
@@ -84,6 +86,7 @@ def deploy(
     http: tuple[str, int] | None = None,
     auth: Auth = "auto",
     replicas: Replicas = 1,
+    serving: ServingSettings = SLOTS,
 ) -> None:
     """Ask the cluster for the serving application; other applications on it stay.
 
@@ -94,11 +97,12 @@ def deploy(
         http: Host and port of Serve's proxy, which only a cluster without Serve takes; by default the cluster's own.
         auth: Who needs an API key, as in `serving.app.ServeArgs`.
         replicas: How many, likewise.
+        serving: Which engine answers.
 
     Raises:
         ResourceError: the cluster does not answer, or refuses the configuration.
     """
-    args = {"base": base, "auth": auth, "num_replicas": replicas, **({"home": home} if home else {})}
+    args = {"base": base, "auth": auth, "num_replicas": replicas, **({"home": home} if home else {}), **_engine_args(serving)}
     application = {"name": APPLICATION, "import_path": IMPORT_PATH, "route_prefix": "/", "args": args}
     config: dict[str, Any] = {"applications": [*_others(dashboard), application]}
     if http is not None:
@@ -107,7 +111,15 @@ def deploy(
 
 
 def deploy_locally(
-    ray: LocalRay, *, base: str, home: str, host: str, port: int, auth: Auth = "auto", replicas: Replicas = 1
+    ray: LocalRay,
+    *,
+    base: str,
+    home: str,
+    host: str,
+    port: int,
+    auth: Auth = "auto",
+    replicas: Replicas = 1,
+    serving: ServingSettings = SLOTS,
 ) -> dict[str, TaskName]:
     """Deploy on a local Ray and wait until it answers; the models that are served, and their tasks.
 
@@ -115,7 +127,7 @@ def deploy_locally(
         RunFailedError: it failed to start.
     """
     dashboard = Dashboard(ray.dashboard, token=ray.token)
-    deploy(dashboard, base=base, home=home, http=(host, port), auth=auth, replicas=replicas)
+    deploy(dashboard, base=base, home=home, http=(host, port), auth=auth, replicas=replicas, serving=serving)
     wait_until_deployed(dashboard, is_alive=lambda: ray.process.poll() is None)
     return wait_until_healthy(url_of(host, port))
 
@@ -160,6 +172,11 @@ def wait_until_healthy(url: str, *, timeout_s: float = 60) -> dict[str, TaskName
         if time.monotonic() > deadline:
             raise RunFailedError(f"{url}/healthz does not answer after {timeout_s:.0f} s ({reason})")
         time.sleep(POLL_S)
+
+
+def _engine_args(serving: ServingSettings) -> dict[str, Any]:
+    """What an application is told of its engine: nothing where it is the default."""
+    return {"engine": "vllm", "vllm": serving.vllm.model_dump(exclude_defaults=True)} if serving.engine == "vllm" else {}
 
 
 def _others(dashboard: Dashboard) -> list[dict[str, Any]]:

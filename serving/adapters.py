@@ -32,10 +32,12 @@ class _Resident:
 class AdapterPool:
     """At most `capacity` adapters in memory."""
 
-    def __init__(self, load: Callable[[AdapterManifest], Served], *, capacity: int) -> None:
-        """`load` runs in a worker thread; it may take long and may raise RequestError."""
+    def __init__(self, load: Callable[[AdapterManifest], Served], *, capacity: int, unload: Callable[[Served], None] | None = None) -> None:
+        """`load` runs in a worker thread; it may take long and may raise RequestError. `unload` is told what was evicted, and returns at
+        once."""
         self.capacity = capacity
         self._load = load
+        self._unload = unload
         self._residents: OrderedDict[Key, _Resident] = OrderedDict()
         """Least recently used first."""
         self._refused: dict[Key, tuple[RequestError, float]] = {}
@@ -99,9 +101,14 @@ class AdapterPool:
             idle = next((key for key, resident in self._residents.items() if resident.pins == 0), None)
             if idle is None:
                 return False
-            del self._residents[idle]
-            self.evicted += 1
+            self._drop(self._residents.pop(idle))
         return True
+
+    def _drop(self, resident: _Resident) -> None:
+        self.evicted += 1
+        unload = self._unload
+        if unload is not None:  # perhaps later: what nobody waits for any more may still be on its way
+            resident.loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() else unload(task.result()))
 
     async def _release(self, key: Key, resident: _Resident) -> None:
         resident.pins -= 1

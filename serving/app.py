@@ -17,6 +17,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from hone.recipe.serving import EngineName, VllmSettings
 from hone.registry import Registry
 from hone.storage import Home
 from serving.access import Auth, KeyRing, StoreKeys
@@ -36,6 +37,7 @@ from serving.calls import (
 from serving.catalog import BaseDescription
 from serving.disk import DISK_BYTES
 from serving.engine.generation import PREFILL_TOKENS
+from serving.engines import ROWS
 from serving.errors import BusyError, UnavailableError
 from serving.ingress import make_app
 from serving.measured import Measured
@@ -66,8 +68,12 @@ class ServeArgs(BaseModel):
     """How long a replica is too many before it goes, where their number changes."""
     drain_s: float = Field(default=600, ge=0)
     """How long a replica that is to go may take for the answers that it has begun; it gets no more. After that it is ended."""
-    max_rows: int = Field(default=16, ge=1)
-    """Answers that one replica makes at once; more wait their turn."""
+    engine: EngineName = "slots"
+    """What makes the answers: hone's own slot engine, or vLLM (the extra hone[vllm], on NVIDIA GPUs)."""
+    vllm: VllmSettings = VllmSettings()
+    """What vLLM is told, where it is the engine."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Answers that one replica makes at once; more wait their turn. By default 16 by the slot engine, and 256 by vLLM."""
     max_context: int | None = Field(default=None, ge=8)
     """Tokens of prompt and answer together; by default as many as the base and the memory allow."""
     max_adapters: int = Field(default=64, ge=1)
@@ -79,7 +85,8 @@ class ServeArgs(BaseModel):
     adapter_disk_bytes: int = Field(default=DISK_BYTES, ge=0)
     """How many bytes of them."""
     max_copies: int = Field(default=2, ge=0)
-    """Copies of the base that one replica keeps, for adapters that cannot share a batch; each takes the base's memory once more."""
+    """Copies of the base that one replica keeps, for adapters that cannot share a batch; each takes the base's memory once more. vLLM keeps
+    none."""
     prefill_tokens: int = Field(default=PREFILL_TOKENS, ge=1)
     """Prompt tokens that are read between two tokens of the answers in the making."""
     prefix_tokens: int | None = Field(default=None, ge=0)
@@ -93,7 +100,7 @@ class ServeArgs(BaseModel):
     num_cpus: float = Field(default=1, ge=0)
     """CPU cores of one replica, and the threads that it computes with."""
     num_gpus: float | None = Field(default=None, ge=0)
-    """GPUs of one replica; by default one where the cluster has any."""
+    """GPUs of one replica; by default one where the cluster has any, and as many as share its base under vLLM."""
 
     @model_validator(mode="after")
     def _fewest_first(self) -> "ServeArgs":
@@ -106,6 +113,7 @@ def build(args: ServeArgs) -> serve.Application:
     """The application: `serve.run(build(ServeArgs(base=...)))`, or `import_path: serving.app:build` with these args."""
     args = ServeArgs.model_validate(args)
     home = str(Home(args.home).root)  # resolved here: a replica has another working directory
+    rows = args.max_rows or ROWS[args.engine]
     replica = serve.deployment(ServedReplica).options(
         name="Replica",
         **_how_many(args),
@@ -113,16 +121,18 @@ def build(args: ServeArgs) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=args.drain_s,
         # Twice what runs at once, so that the engine always has the next rows at hand; the rest waits at the ingress.
-        max_ongoing_requests=2 * args.max_rows,
+        max_ongoing_requests=2 * rows,
         max_queued_requests=args.max_queued,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": _gpus(args.num_gpus)},
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": _gpus(args)},
         health_check_period_s=5,
     )
     bound = replica.bind(
         base=args.base,
         home=home,
         revision=args.revision,
-        max_rows=args.max_rows,
+        engine=args.engine,
+        vllm=args.vllm,
+        max_rows=rows,
         max_context=args.max_context,
         max_adapters=args.max_adapters,
         max_copies=args.max_copies,
@@ -152,7 +162,7 @@ def _how_many(args: ServeArgs) -> dict[str, Any]:
         min_replicas=fewest,
         initial_replicas=max(fewest, 1),  # the ingress learns from it what is served
         max_replicas=most,
-        target_ongoing_requests=args.max_rows,
+        target_ongoing_requests=args.max_rows or ROWS[args.engine],
         upscale_delay_s=UPSCALE_S,
         downscale_delay_s=args.idle_s,
         look_back_period_s=UPSCALE_S,
@@ -171,9 +181,11 @@ class ServedReplica(Replica):
             self.stop()
 
 
-def _gpus(asked: float | None) -> float:
-    if asked is not None:
-        return asked
+def _gpus(args: ServeArgs) -> float:
+    if args.num_gpus is not None:
+        return args.num_gpus
+    if args.engine == "vllm":
+        return args.vllm.tensor_parallel_size
     return 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
 
 

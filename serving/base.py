@@ -2,11 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,8 @@ from hone.base_model import BaseModel
 from hone.chat import end_of_turn_ids
 from hone.errors import BaseModelError
 from hone.manifest import AdapterManifest
+from hone.recipe.serving import EngineName
+from hone.registry import Registry
 from hone.tasks import TaskName
 from models.tasks import TASKS, Head, Inputs, inputs_by
 from models.tasks.task import ProblemType
@@ -21,15 +23,23 @@ from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
 from serving.engine.alone import Alone
 from serving.engine.cache import bytes_per_token
 from serving.engine.capability import context_of, probe
-from serving.engine.classifier import Classification
+from serving.engine.classifier import Asked, Classification
 from serving.engine.decoder import Decoder
 from serving.engine.generation import PREFILL_TOKENS, Generation
 from serving.engine.heads import EncoderHeads, Heads, MeanHidden, MixedHeads, OwnHeads, TrunkHeads
 from serving.engine.lora import AdapterWeights, Mixer
 from serving.engine.measures import Measures
+from serving.engine.row import Row, cancel
+from serving.engine.streams import LoraFiles
 from serving.engine.thread import ModelThread, Work
+from serving.errors import EngineError
 from serving.kinds import TASKS_OF, Kind, generates, is_causal, kind_of, load_processor, medium_of, own_task
 from serving.tools import ToolForm, tool_form
+
+if TYPE_CHECKING:
+    from serving.contract import Loader
+    from serving.disk import AdapterDisk
+    from serving.memory import AdapterMemory
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,6 +65,8 @@ class Served:
     """What it adds to the model that all share; None is that model itself, or one of its own."""
     model: Any = None
     """What generates, where it is not the model that all share."""
+    files: LoraFiles | None = None
+    """Where an adapter lies, for an engine that reads it itself."""
     heads: Heads | None = None
     """What classifies; None where nothing does, or where the base has no trained head."""
     end_ids: frozenset[int] = frozenset()
@@ -87,7 +99,7 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """One base model and the work that its thread does."""
+    """The slot engine: one base model and the work that its thread does. The replica knows it as a `serving.contract.ServingEngine`."""
 
     base: Served
     folder: Path
@@ -103,6 +115,10 @@ class Engine:
     """Token ids that the embedding has rows for."""
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def name(self) -> EngineName:
+        return "slots"
 
     @property
     def generation(self) -> Generation | None:
@@ -140,6 +156,51 @@ class Engine:
     def completed(self) -> int:
         """Answers that were made to their end, since the start."""
         return sum(work.completed for work in self._makers)
+
+    @property
+    def active_adapters(self) -> int:
+        """Adapters of the answers that share a batch."""
+        return self.generation.active_adapters if self.generation else 0
+
+    @property
+    def prefix_blocks(self) -> int:
+        """Blocks that are kept from earlier prompts and answers."""
+        return len(self.generation.prefixes) if self.generation else 0
+
+    @property
+    def embedding(self) -> Heads | None:
+        return self.parts.embedding
+
+    @property
+    def keeps_copies(self) -> bool:
+        return True
+
+    @property
+    def failure(self) -> EngineError | None:
+        return self.thread.failure
+
+    def add(self, served: Served, rows: Sequence[Row]) -> None:
+        """Queue answers where their model makes them."""
+        if served.model is not None:
+            self.thread.call(lambda: self.alone.add(served.model, rows))
+            return
+        generation = self.generation
+        assert generation is not None, "what generates on a shared model is mixed on a decoder"
+        self.thread.call(lambda: generation.add(rows))
+
+    def cancel(self, rows: Sequence[Row]) -> None:
+        cancel(rows)
+
+    def ask(self, asked: Sequence[Asked]) -> None:
+        self.thread.call(lambda: self.classification.add(asked))
+
+    def loader(self, registry: Registry, *, memory: "AdapterMemory", disk: "AdapterDisk | None") -> "Loader":
+        from serving.loading import AdapterLoader  # which knows this module
+
+        return AdapterLoader(registry, self, memory=memory, disk=disk)
+
+    def stop(self) -> None:
+        self.thread.stop()
 
     @property
     def _makers(self) -> list[Alone | Generation]:

@@ -10,6 +10,7 @@ from typing import Any
 from hone.errors import CorruptAdapterError, UnknownAdapterError
 from hone.manifest import AdapterManifest, BaseModelId
 from hone.methods import HOW_SERVED
+from hone.recipe.serving import EngineName
 from hone.registry import Registry
 from hone.tasks import TASKS, TaskName
 from serving.callers import ANONYMOUS, Caller
@@ -36,6 +37,8 @@ class BaseDescription:
     """Tasks whose LoRA adapters share a batch; others need a copy of the base."""
     max_copies: int = 0
     """Copies of the base that a replica keeps for adapters which share no batch."""
+    engine: EngineName = "slots"
+    """What makes its answers."""
     labels: tuple[str, ...] | None = None
     """Classes of the base's own trained head, if it has one."""
     published: str | None = None
@@ -155,6 +158,11 @@ class Catalog:
             return f"{manifest.ref} is for {manifest.task}, and this server serves {self.base.names[0]} for {', '.join(self.base.tasks)}"
         if self._is_of_base(manifest):
             how = HOW_SERVED[manifest.served if manifest.served != "mixed" else "merged"]
+            if self.base.engine == "vllm":
+                return (
+                    f"{manifest.ref} is served {how}, and engine vllm keeps no copies; serve its base with --engine slots, or "
+                    f"`hone export {manifest.ref} --format merged` it and serve that folder as a base"
+                )
             return f"{manifest.ref} is served {how}, and this server keeps no copies; start it with max_copies of at least 1"
         here, there = self.base.id, manifest.base
         return (

@@ -10,6 +10,7 @@ HoneError
     ├── TokenLimitError      429: the key's tokens a minute
     ├── AdapterRefusedError  500: published, but its files are damaged or it does not reproduce its recorded outputs
     ├── EngineError          500: the model failed on a request that was fine
+    │   ├── LostEngineError  500: the engine behind this replica has ended; the replica is being replaced
     │   └── StoppingError    503: this replica is going away; another answers
     ├── UnavailableError     503: nothing here can answer right now
     │   └── UnreachableError  503: the registry cannot be read, and what was asked for is not in memory
@@ -122,6 +123,10 @@ class EngineError(RequestError):
     status = 500
     type = "server_error"
     default_code = "engine_error"
+
+
+class LostEngineError(EngineError):
+    """What makes the answers has ended by itself and does not come back."""
 
 
 class StoppingError(EngineError):

@@ -1,39 +1,29 @@
-"""A published adapter from its files to memory: digests, then matrices and head for the model that all share, or a copy of the base of its
-own; and the proof that it answers here as it did where it was trained."""
+"""A published adapter from its files to the slot engine: matrices and head for the model that all share, or a copy of the base."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hone.base_model import PROCESSOR_FILE
-from hone.errors import CorruptAdapterError, HoneError
 from hone.manifest import AdapterManifest
-from hone.registry import Registry, check_files
-from hone.storage import digest_of
+from hone.registry import Registry
 from models.tasks import TASKS
-from serving.base import Engine, Served, end_ids
+from serving.base import Engine, Served
 from serving.copies import load_copy, vectors_before
 from serving.disk import AdapterDisk
 from serving.engine.heads import OwnHeads
 from serving.engine.lora import AdapterWeights
-from serving.errors import AdapterRefusedError, RequestError, UnreachableError
-from serving.kinds import generates, load_processor
+from serving.kinds import generates
 from serving.memory import AdapterMemory
 from serving.proof import prove
+from serving.published import CONFIG_FILE, WEIGHTS_FILE, PublishedFiles
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-GOLDEN_FILE = "golden.safetensors"
 PREFIX = "base_model.model."
-NOT_PROCESSOR = {WEIGHTS_FILE, CONFIG_FILE, GOLDEN_FILE, "recipe.json", "README.md"}
 
 UNDERSTOOD = {
     "alpha_pattern",
@@ -80,14 +70,9 @@ class AdapterLoader:
             memory: Keeps what was loaded once.
             disk: Keeps files, where the registry is on another machine.
         """
-        self._registry = registry
         self._engine = engine
         self._memory = memory
-        self._disk = disk
-        self._proven: set[str] = set()
-        """Digests of what has answered here as recorded: the same files do so again."""
-        self._processors: WeakValueDictionary[str, Any] = WeakValueDictionary()
-        """By digest of their files: versions trained on one base share one."""
+        self._published = PublishedFiles(registry, engine.base, disk=disk)
 
     def load(self, manifest: AdapterManifest) -> Served:
         """Bring one adapter to the model's device: out of memory, or read, checked and proven. Blocks for as long as that takes.
@@ -105,34 +90,17 @@ class AdapterLoader:
                 memory.put(key, found)
         return found
 
-    def _read(self, manifest: AdapterManifest) -> Served:
-        try:
-            folder = self._files(manifest)
-            served = self._mixed(folder, manifest) if self._engine.mixes(manifest) else self._copy(folder, manifest)
-            if manifest.digest not in self._proven:
-                golden = load_file(folder / GOLDEN_FILE)
-                self._engine.thread.call(lambda: prove(self._engine, served, golden)).result()
-                self._proven.add(manifest.digest)
-        except RequestError:
-            raise
-        except CorruptAdapterError as error:
-            raise AdapterRefusedError(f"{manifest.ref} has changed since it was published: {error.message}", "model") from None
-        except (HoneError, ValueError, KeyError, OSError, SafetensorError) as error:
-            raise AdapterRefusedError(f"{manifest.ref} cannot be served: {error}", "model") from error
-        return served
+    def unload(self, served: Served) -> None:
+        """Nothing: its matrices go when nobody refers to them."""
 
-    def _files(self, manifest: AdapterManifest) -> Path:
-        """Its folder, every digest checked."""
-        folder = self._registry.path(manifest.ref)
-        try:
-            if self._disk is not None:
-                return self._disk.folder(manifest, folder)
-            check_files(folder, manifest)
-        except (CorruptAdapterError, OSError) as error:
-            if isinstance(error, CorruptAdapterError) and self._registry.is_there:
-                raise
-            raise UnreachableError(f"{manifest.ref} is not in memory, and the registry cannot be read now; try again", "model") from error
-        return folder
+    def _read(self, manifest: AdapterManifest) -> Served:
+        def made(folder: Path) -> Served:
+            return self._mixed(folder, manifest) if self._engine.mixes(manifest) else self._copy(folder, manifest)
+
+        def proven(served: Served, golden: Mapping[str, Tensor]) -> None:
+            self._engine.thread.call(lambda: prove(self._engine, served, golden)).result()
+
+        return self._published.read(manifest, made, proven)
 
     def _mixed(self, folder: Path, manifest: AdapterManifest) -> Served:
         """LoRA matrices, and the head where there is one, to go beside the model that all share."""
@@ -147,45 +115,19 @@ class AdapterLoader:
         if inside:
             raise ValueError(f"its LoRA layer {inside[0]} lies inside a module that it also brings whole")
         if generated:
-            return self._served(folder, manifest, weights=AdapterWeights(layers, digest=manifest.digest))
+            return self._published.served(folder, manifest, weights=AdapterWeights(layers, digest=manifest.digest))
         heads = engine.parts.heads[manifest.task]
         modules = engine.thread.call(lambda: heads.build(saved)).result()
-        return self._served(folder, manifest, weights=AdapterWeights(layers, modules, manifest.digest), heads=heads)
+        return self._published.served(folder, manifest, weights=AdapterWeights(layers, modules, manifest.digest), heads=heads)
 
     def _copy(self, folder: Path, manifest: AdapterManifest) -> Served:
         """A model of its own."""
         model = load_copy(self._engine, manifest, folder)
         context = self._engine.max_context - vectors_before(model)
         if generates(manifest.task):
-            return self._served(folder, manifest, model=model, max_context=context)
+            return self._published.served(folder, manifest, model=model, max_context=context)
         heads = OwnHeads(model, TASKS[manifest.task], self._engine.inputs)
-        return self._served(folder, manifest, heads=heads, max_context=context)
-
-    def _served(self, folder: Path, manifest: AdapterManifest, **ways: Any) -> Served:
-        if not generates(manifest.task) and not manifest.labels and manifest.problem_type != "regression":
-            raise ValueError("its manifest names no labels")
-        processor = self._processor(folder, manifest)
-        made = {"max_context": self._engine.max_context, **ways}
-        return Served(
-            name=str(manifest.ref),
-            digest=manifest.digest,
-            task=manifest.task,
-            processor=processor,
-            end_ids=end_ids(manifest.task, processor, made.get("model")),
-            labels=tuple(manifest.labels or ()),
-            problem_type=manifest.problem_type,
-            **made,
-        )
-
-    def _processor(self, folder: Path, manifest: AdapterManifest) -> Any:
-        files = {name: entry.sha256 for name, entry in manifest.files.items() if name not in NOT_PROCESSOR}
-        if not files.keys() & {"tokenizer_config.json", PROCESSOR_FILE}:
-            return self._engine.base.processor
-        key = digest_of(files)
-        processor = self._processors.get(key)
-        if processor is None:
-            processor = self._processors[key] = load_processor(manifest.task, folder)
-        return processor
+        return self._published.served(folder, manifest, heads=heads, max_context=context)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from hone.usage import Used
 from serving.adapters import AdapterPool
-from serving.base import Engine
+from serving.contract import ServingEngine
 from serving.engine.measures import Histogram
 from serving.memory import AdapterMemory
 from serving.metering import Meter
@@ -25,9 +25,9 @@ class Measured:
     """By `project/name`."""
 
 
-def measured(replica: str, engine: Engine, pools: Sequence[AdapterPool], memory: AdapterMemory, meter: Meter) -> Measured:
+def measured(replica: str, engine: ServingEngine, pools: Sequence[AdapterPool], memory: AdapterMemory, meter: Meter) -> Measured:
     """Copies of everything that a replica counts; names are those of the metrics, without `hone_`."""
-    measures, generation = engine.measures, engine.generation
+    measures = engine.measures
     resident = [name for pool in pools for name in pool.resident]
     loads = Histogram()
     for pool in pools:
@@ -55,11 +55,11 @@ def measured(replica: str, engine: Engine, pools: Sequence[AdapterPool], memory:
             "slots": engine.max_rows,
             "rows_running": engine.running,
             "rows_waiting": engine.waiting,
-            "adapters_active": generation.active_adapters if generation else 0,
+            "adapters_active": engine.active_adapters,
             "adapters_resident": len(resident),
             "adapters_in_memory": len(memory),
             "adapter_memory_bytes": memory.size,
-            "prefix_blocks": len(generation.prefixes) if generation else 0,
+            "prefix_blocks": engine.prefix_blocks,
             "usage_unwritten": meter.unwritten,
         },
         adapters=meter.adapters.copy(),

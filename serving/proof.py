@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hone.tasks import TaskName
 from models.tasks import TASKS, Batch
 from serving.base import Engine, Served
 from serving.engine.cache import SlotCache
@@ -36,10 +37,25 @@ def prove(engine: Engine, served: Served, golden: Mapping[str, Tensor]) -> None:
     # One number alone may be next to nothing; what all rows answer is not.
     scale = wanted.norm(dim=-1) if wanted.shape[1] > 1 else wanted.abs().max()
     difference = float(((got - wanted).norm(dim=-1) / scale).max())
-    allowed = tolerance(engine.dtype)
+    refuse_different(served.name, difference, tolerance(engine.dtype))
+
+
+def recorded_prompts(task: TaskName, batch: Batch) -> list[list[int]]:
+    """The token ids after which the logits of a generating model were recorded."""
+    recorded = SEQUENCES_OF.get(task, slice(None))
+    ids, lengths = batch["input_ids"][recorded], batch["attention_mask"].sum(-1)[recorded].tolist()
+    return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+
+
+def refuse_different(name: str, difference: float, allowed: float) -> None:
+    """Refuse an adapter whose outputs differ from the recorded ones by more than arithmetic explains.
+
+    Raises:
+        AdapterRefusedError: it does.
+    """
     if not difference <= allowed:
         raise AdapterRefusedError(
-            f"{served.name}: does not reproduce the outputs recorded when it was trained (relative difference {difference:.2g}, "
+            f"{name}: does not reproduce the outputs recorded when it was trained (relative difference {difference:.2g}, "
             f"allowed {allowed:.2g}); it is not served",
             "model",
         )
@@ -69,9 +85,7 @@ def _generated(engine: Engine, served: Served, batch: Batch) -> Tensor:
     """Logits after each row's last token, through prefill and one decode step."""
     decoder = engine.parts.decoder
     assert decoder is not None, "adapters that generate are mixed on decoders alone"
-    recorded = SEQUENCES_OF.get(served.task, slice(None))
-    ids, lengths = batch["input_ids"][recorded], batch["attention_mask"].sum(-1)[recorded].tolist()
-    rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    rows = recorded_prompts(served.task, batch)
     adapters = [served.weights] * len(rows)
     cache = SlotCache(slots=len(rows), max_context=max(map(len, rows)))
     if min(map(len, rows)) == 1:

@@ -17,12 +17,13 @@ from transformers.utils import logging as transformers_logging
 from hone.base_model import BaseModel, find_base_model
 from hone.errors import RegistryError
 from hone.manifest import AdapterManifest
+from hone.recipe.serving import EngineName, VllmSettings
 from hone.registry import Registry
 from hone.storage import Home
 from hone.tasks import TASKS
 from hone.usage import Used
 from serving.adapters import AdapterPool
-from serving.base import Served, free_memory, load_engine
+from serving.base import Served, free_memory
 from serving.calls import (
     ROUTES,
     Call,
@@ -42,17 +43,18 @@ from serving.calls import (
     Tokenized,
 )
 from serving.catalog import BaseDescription, Catalog
+from serving.contract import ServingEngine
 from serving.disk import DISK_BYTES, AdapterDisk
 from serving.engine.constraint import Constraint
 from serving.engine.generation import PREFILL_TOKENS
-from serving.engine.row import Ended, Row, TextPiece, cancel
+from serving.engine.row import Ended, Row, TextPiece
 from serving.engine.row import Event as RowEvent
 from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
+from serving.engines import start_engine
 from serving.errors import RequestError
 from serving.grammar import Grammars
 from serving.kinds import routes_of
-from serving.loading import AdapterLoader
 from serving.measured import Measured, measured
 from serving.memory import CPU, SHARE, AdapterMemory
 from serving.metering import Meter
@@ -72,7 +74,9 @@ class Replica:
         base: str,
         home: str | None = None,
         revision: str | None = None,
-        max_rows: int = 16,
+        engine: EngineName | ServingEngine = "slots",
+        vllm: VllmSettings | None = None,
+        max_rows: int | None = None,
         max_context: int | None = None,
         max_adapters: int = 64,
         max_copies: int = 2,
@@ -87,12 +91,14 @@ class Replica:
         """Load the base; everything else is loaded when it is first called.
 
         Args:
+            engine: What makes the answers: by its name, or running already; the settings of how it is to run are then not read.
             name: What it is called in metrics.
             is_metered: Whether usage goes to the store of the home.
             (the others): As in `serving.app.ServeArgs`.
 
         Raises:
             BaseModelError: the base is not there, or cannot be served.
+            ResourceError: the engine's package is not installed.
         """
         # In a replica's log, the report of a head that adapters bring reads like a fault, and a progress bar like a hundred lines.
         transformers_logging.set_verbosity_error()
@@ -102,13 +108,20 @@ class Replica:
         found = find_base_model(base, home=opened, revision=revision)
         published = _published(base, found, registry)
         self._name = name
-        self._engine = load_engine(
-            found,
-            published=published,
-            max_rows=max_rows,
-            max_context=max_context,
-            prefill_tokens=prefill_tokens,
-            prefix_tokens=prefix_tokens,
+        self._engine: ServingEngine = (
+            engine
+            if not isinstance(engine, str)
+            else start_engine(
+                engine,
+                found,
+                published=published,
+                max_rows=max_rows,
+                max_context=max_context,
+                max_adapters=max_adapters,
+                prefill_tokens=prefill_tokens,
+                prefix_tokens=prefix_tokens,
+                vllm=vllm,
+            )
         )
         self._description = BaseDescription(
             id=found.id,
@@ -117,7 +130,8 @@ class Replica:
             created=int(time.time()),
             tasks=self._engine.tasks,
             mixed_tasks=self._engine.mixed_tasks,
-            max_copies=max_copies,
+            max_copies=max_copies if self._engine.keeps_copies else 0,
+            engine=self._engine.name,
             labels=self._engine.base.labels or None,
             published=self._engine.base.name if published else None,
         )
@@ -125,14 +139,13 @@ class Replica:
         self._reader = Reader(self._engine.vocabulary)
         self._grammars = Grammars()
         self._memory = AdapterMemory(capacity=int(free_memory(CPU) * SHARE) if adapter_memory is None else adapter_memory)
-        loader = AdapterLoader(
+        loader = self._engine.loader(
             registry,
-            self._engine,
             memory=self._memory,
             disk=AdapterDisk(Path(adapter_disk).expanduser(), capacity=adapter_disk_bytes) if adapter_disk else None,
         )
-        self._mixed = AdapterPool(loader.load, capacity=max_adapters)
-        self._copies = AdapterPool(loader.load, capacity=max_copies)
+        self._mixed = AdapterPool(loader.load, capacity=max_adapters, unload=loader.unload)
+        self._copies = AdapterPool(loader.load, capacity=max_copies, unload=loader.unload)
         self._meter = Meter(opened.store_url if is_metered else None)
 
     async def describe(self) -> BaseDescription:
@@ -160,12 +173,12 @@ class Replica:
 
     async def check_health(self) -> None:
         """Serve asks now and then, and replaces a replica that raises."""
-        if self._engine.thread.failure:
-            raise self._engine.thread.failure
+        if self._engine.failure:
+            raise self._engine.failure
 
     def stop(self) -> None:
-        """End the model's thread; requests that still run are told, and what was used is written."""
-        self._engine.thread.stop()
+        """End the engine; requests that still run are told, and what was used is written."""
+        self._engine.stop()
         self._meter.stop()
 
     async def generate(self, call: ChatCall | CompletionCall) -> AsyncIterator[list[Event]]:
@@ -184,13 +197,13 @@ class Replica:
                     for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
                     for choice in range(call.n)
                 ]
-                self._engine.thread.call(lambda: self._add(served, rows))
+                self._engine.add(served, rows)
                 try:
                     yield [Started(served.name, served.digest, sum(map(len, prompts)))]
                     async for events in _events(queue, len(rows), _tool_streams(served, call)):
                         yield events
                 finally:
-                    cancel(rows)
+                    self._engine.cancel(rows)
                     self._count(call, served, rows, time.monotonic() - asked_at)
         except RequestError as error:
             yield [Failed(error)]
@@ -215,7 +228,7 @@ class Replica:
                     raise RequestError(f"{served.name} has no trained classification head; call a classification adapter", "model")
                 questions = await asyncio.to_thread(self._reader.questions, served, call.inputs)
                 asked = [question.asked for question in questions]
-                self._engine.thread.call(lambda: self._engine.classification.add(asked))
+                self._engine.ask(asked)
                 logits = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
                 answers = [answer(served, question, row) for question, row in zip(questions, logits, strict=True)]
                 tokens = sum(question.tokens for question in questions)
@@ -228,11 +241,11 @@ class Replica:
         """See `Backend.embed`."""
         try:
             async with await self._served(call) as served:
-                heads = self._engine.parts.embedding
+                heads = self._engine.embedding
                 if heads is None or (served.weights is None and served is not self._engine.base):
                     raise RequestError(f"{served.name} makes no vectors of texts; call an encoder, or a LoRA adapter of one", "model")
                 asked = await asyncio.to_thread(self._reader.texts, served, call.inputs, heads)
-                self._engine.thread.call(lambda: self._engine.classification.add(asked))
+                self._engine.ask(asked)
                 vectors = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
                 tokens = sum(each.cost for each in asked)
                 self._meter.add(call.caller, served.name, Used(1, prompt_tokens=tokens))
@@ -285,14 +298,6 @@ class Replica:
             used.completion_tokens,
             seconds,
         )
-
-    def _add(self, served: Served, rows: list[Row]) -> None:
-        """Queue answers where their model makes them. On the model's thread."""
-        if served.model is not None:
-            self._engine.alone.add(served.model, rows)
-        else:
-            assert self._engine.generation is not None, "what generates on a shared model is mixed on a decoder"
-            self._engine.generation.add(rows)
 
 
 def _row(

@@ -17,6 +17,7 @@ from hone.recipe.method import (
 from hone.recipe.publish import Bounds, GateSettings, PublishSettings
 from hone.recipe.recipe import Recipe, allowed_stages
 from hone.recipe.search import AshaScheduler, Choice, Distribution, GridSearch, LogUniform, RandInt, SearchSettings, Uniform
+from hone.recipe.serving import EngineName, ServingSettings, VllmSettings
 from hone.recipe.train import (
     CheckpointSettings,
     OptimSettings,
@@ -37,6 +38,7 @@ __all__ = [
     "Choice",
     "DataSettings",
     "Distribution",
+    "EngineName",
     "FreezeMethod",
     "FullMethod",
     "GateSettings",
@@ -59,10 +61,12 @@ __all__ = [
     "Recipe",
     "ScalingSettings",
     "SearchSettings",
+    "ServingSettings",
     "TextAugmentation",
     "TrackSettings",
     "TrainSettings",
     "Uniform",
+    "VllmSettings",
     "ZeroSettings",
     "allowed_stages",
     "load_recipe",

@@ -16,6 +16,7 @@ from hone.recipe.keys import all_keys
 from hone.recipe.method import LoraMethod, Method
 from hone.recipe.publish import PublishSettings, gate_metrics
 from hone.recipe.search import LogUniform, RandInt, SearchSettings, Uniform
+from hone.recipe.serving import ServingSettings
 from hone.recipe.settings import Name, Settings
 from hone.recipe.train import (
     CheckpointSettings,
@@ -53,6 +54,7 @@ class Recipe(Settings):
     search: SearchSettings | None = None
     publish: PublishSettings = PublishSettings()
     track: TrackSettings = TrackSettings()
+    serving: ServingSettings = ServingSettings()
 
     @property
     def is_open(self) -> bool:

@@ -39,6 +39,8 @@ class Chooser:
     """What the answer must be written as; no setting above allows a token that this forbids."""
     counts: dict[int, int] = field(default_factory=dict)
     """How often each token was chosen, where a penalty asks."""
+    is_seeded: bool = False
+    """Whether `random` follows from a seed that the request gave."""
 
     @property
     def counts_tokens(self) -> bool:
@@ -71,7 +73,8 @@ class Chosen:
 
 def make_chooser(*, seed: int | None, choice: int, **settings: object) -> Chooser:
     """The chooser of the `choice`-th answer to a request; without a seed it is different every time."""
-    return Chooser(Random() if seed is None else Random(f"{seed}/{choice}"), **settings)  # type: ignore[arg-type]
+    random = Random() if seed is None else Random(f"{seed}/{choice}")
+    return Chooser(random, is_seeded=seed is not None, **settings)  # type: ignore[arg-type]
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Chosen | None]:

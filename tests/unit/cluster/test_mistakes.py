@@ -37,6 +37,8 @@ CLOSED = "http://127.0.0.1:9"
         (["recipe", "init", "recipe.yaml"], "is already there"),
         (["recipe", "show", "nowhere.yaml"], "no such recipe file"),
         (["serve", "--base", "./nowhere"], "no such base model folder"),
+        (["serve"], "--base MODEL"),
+        (["serve", "--recipe", "nowhere.yaml"], "no such recipe file"),
         (["serve", "--base", "./nowhere", "--host", "0.0.0.0"], "hone keys create"),
         (["serve", "--base", "./nowhere", "--address", CLOSED], "no Ray dashboard answers there"),
         (["demo", "--base", "./nowhere"], "no such base model folder"),
