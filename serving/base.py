@@ -172,6 +172,10 @@ class Engine:
         return self.parts.embedding
 
     @property
+    def follows_grammars(self) -> bool:
+        return True
+
+    @property
     def keeps_copies(self) -> bool:
         return True
 

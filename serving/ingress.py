@@ -68,10 +68,14 @@ def make_app(backend: Backend, registry: Registry, ring: KeyRing | None = None) 
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        keeping = asyncio.create_task(ring.keep_fresh()) if ring is not None else None
+        # The backend keeps what it was told, so that it can say what is served while no replica is there.
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(backend.describe())]
+        if ring is not None:
+            tasks.append(asyncio.create_task(ring.keep_fresh()))
         yield
-        if keeping is not None:
-            keeping.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     counts, limits = Counts(), Limits()
     app = FastAPI(title="hone", version=hone.__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=error_responses())

@@ -151,8 +151,8 @@ def test_aliases_keys_usage_and_metrics_are_those_of_every_engine(llama: Path, t
         answered = client.post(CHAT, json={"model": "prod", **HELLO, "n": 2}, headers=who)
         assert answered.status_code == 200, answered.text
         assert answered.headers["x-hone-adapter"].startswith("bot@1 ")
+        replica.stop()  # an answer is counted after it was told
         [measured] = asyncio.run(replica.measured())
-    replica.stop()
     usage = answered.json()["usage"]
     assert measured.counters["answers"] == 2
     assert measured.counters["completion_tokens"] == usage["completion_tokens"]
@@ -207,6 +207,15 @@ def test_what_it_does_not_take_is_refused_with_the_reason(llama: Path, tmp_path:
     assert "high@1" in listed
     assert source.loaded == ["false@1", "fine@1"]
     assert source.unloaded == ["false@1"]
+
+
+def test_a_schema_that_no_token_would_be_held_to_is_refused(both: tuple[TestClient, TestClient]) -> None:
+    body = {"model": "narrow", **HELLO, "response_format": {"type": "json_object"}}
+    refused = both[1].post("/v1/chat/completions", json=body)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["param"], error["code"]) == ("response_format", "unsupported_parameter")
+    assert "follows no grammars here yet" in error["message"]
 
 
 def test_what_leaves_the_pool_leaves_the_engine(made: Served, chat_shelf: Shelf) -> None:
