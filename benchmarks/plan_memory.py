@@ -1,8 +1,9 @@
 """What `hone plan` estimates for a worker's memory, and what real workers needed at most: random Llamas made on the spot, LoRA and full.
 
 Each case is a run of its own: two workers under gloo, two steps of two portions each, every row as long as max_length, from the start of
-the process to the exported weights, with a checkpoint that is written during the second step. Measured is the highest resident set
-(VmHWM), of the rank where it is higher.
+the process to the exported weights, with a checkpoint that waits to be written until the second step is done, as one does for a slow
+store: how much of that step its copy is there for would be chance otherwise. Measured is the highest resident set (VmHWM), of the rank
+where it is higher.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,10 +161,29 @@ def _work(folder: Path) -> None:
     """Train, then write down the highest resident set. That of `wait4` would begin with what the parent had when it forked."""
     import torch.distributed as dist
 
+    from training.checkpoints import files, writer
     from training.loop import train
     from training.worker import TorchrunWorker
 
-    worker = TorchrunWorker()
+    stepped, write_part = threading.Event(), files.write_part
+
+    class Counting(TorchrunWorker):
+        """Is asked at the end of each step."""
+
+        steps = 0
+
+        def noticed(self) -> bool:
+            self.steps += 1
+            if self.steps == 2:
+                stepped.set()
+            return False
+
+    def late(*args: Any) -> Any:
+        stepped.wait(timeout=600)
+        return write_part(*args)
+
+    writer.write_part = late  # type: ignore[attr-defined, assignment]
+    worker = Counting()
     train(Job.load(folder), worker)
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
