@@ -36,6 +36,10 @@ WHEN = {
 }
 
 
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""For routes that answer with server-sent events where `stream` is true."""
+
+
 def error_responses() -> dict[int | str, dict[str, Any]]:
     """For every route."""
     return {status: {"model": ErrorBody, "description": says} for status, says in WHEN.items()}

@@ -36,7 +36,7 @@ from serving.calls import (
     Started,
 )
 from serving.catalog import Catalog
-from serving.document import document, error_responses
+from serving.document import STREAMED, document, error_responses
 from serving.errors import BusyError
 from serving.failures import answer_errors
 from serving.gate import OPEN, BodyLimit, Counts, Gate, visit_of
@@ -88,14 +88,14 @@ def make_app(backend: Backend, registry: Registry, ring: KeyRing | None = None) 
 
     _add_reading_routes(app, backend, registry, counts)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Answers to a conversation; server-sent events where `stream` is true."""
         shape = ChatShape(with_usage=body.with_usage, with_logprobs=bool(body.logprobs))
         call = replace(body.call(), caller=_caller(request))
         return await _generate(backend, body, call, shape, _reserve(limits, request, call))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         """Continuations of prompts; server-sent events where `stream` is true."""
         shape = CompletionShape(with_usage=body.with_usage, with_logprobs=body.logprobs is not None)
