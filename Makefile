@@ -62,10 +62,10 @@ k8s-check: install  ## Manifests and cluster launcher files against their schema
 test-matrix: install  ## Every pair of task and method under ZeRO-0, 2 and 3 on two workers (about 8 minutes)
 	HONE_TEST_MATRIX=all $(BIN)/python -m pytest tests/integration/test_zero_matrix.py --timeout 3000
 
-test-heavy: install  ## Runs killed twenty times, nodes, hosts and heads that die and join, 64 workers, shared sequences, state on NVMe (about 50 minutes)
+test-heavy: install  ## Runs killed twenty times, nodes, hosts and heads that die and join, 64 workers, shared sequences, state on NVMe, 10,000 requests (about an hour)
 	HONE_TEST_HEAVY=1 $(BIN)/python -m pytest tests/integration/test_kills.py tests/integration/test_nodes.py tests/integration/test_hosts.py \
 		tests/integration/test_placement.py tests/integration/test_sequence_parallel.py tests/integration/test_head.py \
-		tests/integration/test_clock.py tests/integration/test_nvme.py --timeout 3000
+		tests/integration/test_clock.py tests/integration/test_nvme.py tests/integration/test_soak.py --timeout 3000
 
 bench: install  ## Measure step time, new versions, cold adapters, the start, memory against the plan, accuracy, and the engine
 	$(BIN)/python -m benchmarks.step_time
