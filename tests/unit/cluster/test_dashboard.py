@@ -140,7 +140,7 @@ def test_a_deployment_leaves_other_applications_alone(ray: FakeRay) -> None:
     deploy(Dashboard(ray.address), base="/b", home=None, http=("127.0.0.1", 8123))
     sent = ray.received[-1][2]
     assert sent["applications"][0] == other
-    assert sent["applications"][1]["args"] == {"base": "/b", "auth": "auto"}
+    assert sent["applications"][1]["args"] == {"base": "/b", "auth": "auto", "num_replicas": 1}
     assert sent["http_options"] == {"host": "127.0.0.1", "port": 8123}
 
 
