@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,23 @@ ADAPTERS = [f"bot-{n}@1" for n in range(6)]
 TOKENS = 12
 
 
-@pytest.fixture(scope="module")
-def server(local_ray: None, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:  # noqa: ARG001
-    home, port = Home(tmp_path_factory.mktemp("home")), free_port()
+@contextmanager
+def adapters_published(home: Home, base: Path) -> Iterator[Server]:
+    """Serve on a port of its own, and a home with adapters for whatever is deployed there."""
+    port = free_port()
     for n, name in enumerate(ADAPTERS):
-        publish(home, llama, name.split("@", maxsplit=1)[0], seed=n, r=4, target_modules="all-linear")
+        publish(home, base, name.split("@", maxsplit=1)[0], seed=n, r=4, target_modules="all-linear")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield Server(home, llama, port)
+    yield Server(home, base, port)
     serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(local_ray: None, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:  # noqa: ARG001
+    with adapters_published(Home(tmp_path_factory.mktemp("home")), llama) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

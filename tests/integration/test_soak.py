@@ -16,13 +16,10 @@ import psutil
 import pytest
 from ray import serve
 
-from hone.ports import free_port
 from hone.storage import Home
 from serving.app import ServeArgs, build
-from serving.proxy import IMPORT_PATH
-from tests.integration.test_scaling import ADAPTERS, is_replica
+from tests.integration.test_scaling import ADAPTERS, adapters_published, is_replica
 from tests.integration.test_serving_http import USER, Server, until
-from tests.serving_fixtures import publish
 
 SLOTS = 4
 REQUESTS = int(os.environ.get("HONE_TEST_SOAK", "10000" if os.environ.get("HONE_TEST_HEAVY") else "400"))
@@ -33,17 +30,11 @@ KEPT_MIB = 40
 
 @pytest.fixture(scope="module")
 def server(local_ray: None, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:  # noqa: ARG001
-    home, port = Home(tmp_path_factory.mktemp("home")), free_port()
-    for n, name in enumerate(ADAPTERS):
-        publish(home, llama, name.split("@", maxsplit=1)[0], seed=n, r=4, target_modules="all-linear")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-    # Fewer adapters fit than there are, so they come and go all the time.
-    args = ServeArgs(base=str(llama), home=str(home.root), max_rows=SLOTS, max_adapters=4, max_queued=32)
-    serve.run(build(args), name="chat", route_prefix="/")
-    yield Server(home, llama, port)
-    serve.shutdown()
+    with adapters_published(Home(tmp_path_factory.mktemp("home")), llama) as server:
+        # Fewer adapters fit than there are, so they come and go all the time.
+        args = ServeArgs(base=str(llama), home=str(server.home.root), max_rows=SLOTS, max_adapters=4, max_queued=32)
+        serve.run(build(args), name="chat", route_prefix="/")
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hone.manifest import AdapterManifest, BaseModelId, FileEntry, Lineage
+from hone.manifest import BaseModelId
 from hone.registry import Registry
 from hone.storage import Home
+from tests.manifests import Describe
 
 Hone = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -57,22 +58,8 @@ def published(tmp_path: Path) -> Registry:
         folder = tmp_path / f"weights-{accuracy}"
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(f"weights {accuracy}".encode())
-
-        def describe(version: int, files: dict[str, FileEntry], accuracy: float = accuracy) -> AdapterManifest:
-            return AdapterManifest(
-                name="bot",
-                version=version,
-                kind="adapter",
-                method="lora",
-                served="mixed",
-                task="chat",
-                base=BaseModelId(name="some/base", fingerprint="f" * 64),
-                dtype="float32",
-                metrics={"eval_accuracy": accuracy, "base_eval_accuracy": 0.25},
-                lineage=Lineage(run_id=f"bot-run-{version}", data_digest="d" * 64, hone_version="0.1.0"),
-                created_at="2026-11-21T07:30:00+00:00",
-                files=files,
-            )
-
+        base = BaseModelId(name="some/base", fingerprint="f" * 64)
+        metrics = {"eval_accuracy": accuracy, "base_eval_accuracy": 0.25}
+        describe = Describe("bot", base=base, metrics=metrics, created_at="2026-11-21T07:30:00+00:00")
         registry.publish(folder, "bot", describe=describe)
     return registry

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hone.manifest import AdapterManifest, BaseModelId, FileEntry, Lineage
 from hone.registry import Registry
 from hone.storage import Home
+from tests.manifests import Describe
 from tests.unit.cluster.conftest import Hone
 
 
@@ -103,21 +103,4 @@ def _publish(registry: Registry, folder: Path, *, loss: float, gate: dict[str, o
     (folder / "recipe.json").write_text(json.dumps(recipe))
     evaluation = {"metrics": [{"name": "accuracy", "tuned": {"value": 0.8, "low": 0.7, "high": 0.9}}]}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-
-    def describe(version: int, files: dict[str, FileEntry]) -> AdapterManifest:
-        return AdapterManifest(
-            name="bot",
-            version=version,
-            kind="adapter",
-            method="lora",
-            served="mixed",
-            task="chat",
-            base=BaseModelId(name="some/base", fingerprint="f" * 64),
-            dtype="float32",
-            metrics={"eval_loss": loss},
-            lineage=Lineage(run_id=f"run-{version}", data_digest=str(version) * 64, hone_version="0.1.0"),
-            created_at="2026-11-21T07:30:00+00:00",
-            files=files,
-        )
-
-    registry.publish(folder, "bot", describe=describe)
+    registry.publish(folder, "bot", describe=Describe("bot", metrics={"eval_loss": loss}, data_digest=f"{rank:064}"))

@@ -4,43 +4,14 @@ import json
 import multiprocessing
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from hone.errors import CorruptAdapterError, RegistryError, UnknownAdapterError
 from hone.ids import AdapterRef
-from hone.manifest import AdapterManifest, BaseModelId, FileEntry, Lineage
+from hone.manifest import AdapterManifest, FileEntry
 from hone.registry import Registry
 from hone.storage import Home
-
-
-def weights(folder: Path, value: float = 1.0) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({"w": np.full((2, 2), value, np.float32)}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-    return folder
-
-
-class Describe:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, version: int, files: dict[str, FileEntry]) -> AdapterManifest:
-        return AdapterManifest(
-            name=self.name,
-            version=version,
-            kind="adapter",
-            method="lora",
-            served="mixed",
-            task="chat",
-            base=BaseModelId(name="tiny", fingerprint="f" * 64),
-            dtype="float32",
-            metrics={"loss": 1.0},
-            lineage=Lineage(run_id="run", data_digest="d", hone_version="0"),
-            created_at="2026-01-01T00:00:00+00:00",
-            files=files,
-        )
+from tests.manifests import Describe, weights
 
 
 def publish(home: Home, folder: Path, name: str = "bot") -> AdapterManifest:

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from hone.errors import CorruptAdapterError, GateError, RecipeError
-from hone.manifest import AdapterManifest, BaseModelId, FileEntry, Lineage
 from hone.promotion import Wishes, promote, roll_back
 from hone.recipe import parse_recipe
 from hone.registry import Registry
 from hone.storage import Home
-from tests.unit.hone.test_registry import weights
+from tests.manifests import Describe, weights
 
 Interval = tuple[float, float, float]
 """Value, low, high."""
@@ -34,22 +33,7 @@ class Shelf:
             found = [{"name": n, "tuned": dict(zip(("value", "low", "high"), each, strict=True))} for n, each in evaluation.items()]
             (folder / "evaluation.json").write_text(json.dumps({"metrics": found}))
 
-        def describe(version: int, files: dict[str, FileEntry]) -> AdapterManifest:
-            return AdapterManifest(
-                name="bot",
-                version=version,
-                kind="adapter",
-                method="lora",
-                served="mixed",
-                task="text-classification",
-                base=BaseModelId(name="tiny", fingerprint="f" * 64),
-                dtype="float32",
-                metrics=metrics,
-                lineage=Lineage(run_id="run", data_digest=data, hone_version="0"),
-                created_at="2026-01-01T00:00:00+00:00",
-                files=files,
-            )
-
+        describe = Describe("bot", task="text-classification", metrics=metrics, data_digest=data)
         return str(self.registry.publish(folder, "bot", describe=describe).ref)
 
 

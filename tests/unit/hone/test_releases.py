@@ -16,7 +16,8 @@ from hone.promotion import Wishes, promote, roll_back, take_back
 from hone.registry import Registry
 from hone.releases import Alias, Release, RollbackPolicy, Target, percent, shared_out
 from hone.storage import Home
-from tests.unit.hone.test_registry import Describe, publish, weights
+from tests.manifests import Describe, weights
+from tests.unit.hone.test_registry import publish
 
 USERS = [f"user-{n}" for n in range(4000)]
 

@@ -37,7 +37,8 @@ from serving.errors import AdapterRefusedError, DeadlineError, RequestError, Unk
 from serving.ingress import BusyError
 from serving.releases import Released, adapter_header
 from serving.shadow import AT_ONCE
-from tests.unit.hone.test_registry import Describe, publish, weights
+from tests.manifests import Describe, weights
+from tests.unit.hone.test_registry import publish
 
 pytestmark = pytest.mark.anyio
 SAMPLING = Sampling(max_tokens=1, temperature=0, top_p=1, seed=None, stop=())

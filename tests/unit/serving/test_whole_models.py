@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hone.base_model import find_base_model
 from hone.chat import encode_prompt, end_of_turn_ids, ensure_template
-from hone.manifest import AdapterManifest, FileEntry, Lineage
+from hone.manifest import AdapterManifest
 from hone.registry import Registry
 from hone.storage import Home
 from serving.calls import ChatCall, Classified, ClassifyCall, Piece, Sampling, Scores, Started
 from serving.replica import Replica
+from tests.manifests import Describe
 from tests.serving_fixtures import greedy_alone
 
 LABELS = ["angry", "calm", "merry"]
@@ -21,23 +22,8 @@ TEXTS = ["the cat sat on a mat", "hello"]
 
 
 def publish_whole(home: Home, base: Path, folder: Path, *, task: str, labels: list[str] | None) -> AdapterManifest:
-    def describe(version: int, files: dict[str, FileEntry]) -> AdapterManifest:
-        return AdapterManifest(
-            name="whole",
-            version=version,
-            kind="full",
-            method="full",
-            served="whole",
-            task=task,
-            base=find_base_model(str(base), home=home).id,
-            dtype="float32",
-            labels=labels,
-            metrics={},
-            lineage=Lineage(run_id="r", data_digest="d", hone_version="0"),
-            created_at="2026-01-01T00:00:00+00:00",
-            files=files,
-        )
-
+    found = find_base_model(str(base), home=home).id
+    describe = Describe("whole", kind="full", method="full", served="whole", task=task, base=found, labels=labels, metrics={})
     return Registry(home).publish(folder, "whole", describe=describe)
 
 

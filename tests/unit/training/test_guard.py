@@ -6,8 +6,8 @@ import pytest
 
 from hone.errors import RecipeError, RunFailedError
 from hone.recipe import Recipe, parse_recipe
+from tests.manifests import prepared_data
 from training.guard import Guard, check_guard, picks_best, refuse_without_best
-from training.job import PreparedData
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -79,19 +79,7 @@ def test_the_last_weights_within_the_budget_where_the_last_are_wanted() -> None:
 
 
 def test_a_metric_of_other_answers_is_refused_once_the_rows_are_read() -> None:
-    data = PreparedData(
-        digest="d",
-        train_rows=1,
-        validation_rows=1,
-        cut_rows=0,
-        dropped_rows=0,
-        formats=[],
-        bad_rows=0,
-        findings={},
-        pad_token_id=0,
-        max_length=8,
-        problem_type="regression",
-    )
+    data = prepared_data(problem_type="regression")
     for guard, said in (
         ({"metric": "eval_accuracy", "mode": "max"}, "where rows have numbers"),
         ({"kl_penalty": 1.0}, "rows with numbers"),

@@ -12,8 +12,8 @@ from hone.recipe import parse_recipe
 from hone.registry import Registry
 from hone.run_folder import read_events
 from hone.storage import Home
-from tests.unit.hone.test_registry import Describe, weights
-from training.job import Job, PreparedData
+from tests.manifests import Describe, prepared_data, weights
+from training.job import Job
 from training.publish import move_alias
 
 
@@ -29,25 +29,13 @@ def finished(folder: Path, publish: dict[str, Any]) -> Job:
     """A run whose recipe says so of publishing."""
     folder.mkdir()
     tree = {"name": "bot", "task": "chat", "base": "b", "data": {"train": "t", "validation_fraction": 0.1}, "publish": publish}
-    data = PreparedData(
-        digest="d",
-        train_rows=1,
-        validation_rows=1,
-        cut_rows=0,
-        dropped_rows=0,
-        formats=[],
-        bad_rows=0,
-        findings={},
-        pad_token_id=0,
-        max_length=8,
-    )
     return Job(
         run_id="bot-run",
         folder=folder,
         recipe=parse_recipe(tree, where="recipe.yaml"),
         base_folder=folder,
         base_id=BaseModelId(name="tiny", fingerprint="f" * 64),
-        data=data,
+        data=prepared_data(),
         use_gpu=False,
         resources_per_worker={},
     )
