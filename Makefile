@@ -76,6 +76,9 @@ bench: install  ## Measure step time, new versions, cold adapters, the start, me
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.decode_plans
+	$(BIN)/python -m benchmarks.arrivals
+	$(BIN)/python -m benchmarks.ingress
+	$(BIN)/python -m benchmarks.served_memory
 
 bench-methods: install  ## Measure every method on one data set, forgetting with and without guards, and transfer
 	$(BIN)/python -m benchmarks.methods

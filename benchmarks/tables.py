@@ -51,6 +51,9 @@ def tables() -> str:
         "checkpoints": _checkpoints,
         "plan_memory": _plan_memory,
         "engine": _engine,
+        "arrivals": _arrivals,
+        "ingress": _ingress,
+        "served_memory": _served_memory,
     }
     found = [(name, RESULTS / f"{name}.json") for name in makers]
     return "\n\n".join(makers[name](json.loads(path.read_text())) for name, path in found if path.exists())
@@ -106,6 +109,48 @@ def _engine(result: dict[str, Any]) -> str:
     ]
     title = f"**{notes['rows']} answers at once, of {notes['adapters']} LoRA adapters: the slot engine (ratios: median and spread)**"
     return "\n".join([title, "", *header, *rows, "", _footer(result)])
+
+
+def _arrivals(result: dict[str, Any]) -> str:
+    heavy, to, light = result["figures"].values()
+    rows = [
+        f"| {name} | {rate['median']:.0f} | {_spread(to[name]) if name in to else ''} "
+        f"| {light[name]['p50']:.3f} s | {light[name]['p99']:.3f} s |"
+        for name, rate in heavy.items()
+    ]
+    notes = result["notes"]
+    header = [
+        f"| | tokens a second at {notes['heavy']['a second']:g} requests a second | hone, times as many (spread) "
+        f"| first token at {notes['light']['a second']:g} a second, p50 | p99 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    title = f"**Poisson arrivals over HTTP: hone with {notes['adapters']} LoRA adapters, `transformers serve` with the base alone**"
+    return "\n".join([title, "", *header, *rows, "", _footer(result)])
+
+
+def _ingress(result: dict[str, Any]) -> str:
+    figures = result["figures"]
+    said = {
+        "engine": "the engine, in the same process",
+        "handle": "a replica, through Ray Serve's handle",
+        "http": "over HTTP",
+        "refused": "over HTTP, refused by the ingress",
+    }
+    rows = [
+        f"| {label} | {figures[f'{name} (ms)']['median']:.1f} ms | {figures[f'{name} (requests/s)']['median']:.0f} |"
+        for name, label in said.items()
+    ]
+    header = [f"| one token | one after another | requests a second, {result['notes']['at_once']} at once |", "| --- | --- | --- |"]
+    return "\n".join(["**What HTTP adds to an answer**", "", *header, *rows, "", _footer(result)])
+
+
+def _served_memory(result: dict[str, Any]) -> str:
+    figures = dict(result["figures"])
+    done = figures.pop("after requests")
+    shown = [0, *range(1, len(done), 2)]
+    header = ["| MiB after | " + " | ".join(f"{done[n]:,}" for n in shown) + " |", "| --- |" + " --- |" * len(shown)]
+    rows = [f"| {name} | " + " | ".join(f"{values[n]:.0f}" for n in shown) + " |" for name, values in figures.items()]
+    return "\n".join(["**Memory of the server over requests**", "", *header, *rows, "", _footer(result)])
 
 
 def _preparing(result: dict[str, Any]) -> str:

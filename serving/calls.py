@@ -54,35 +54,38 @@ class Tools:
         return self.parallel and self.choice in ("auto", "required")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Who asks."""
+
+    caller: Caller = ANONYMOUS
+    user: str | None = None
+    """Whom the caller asks for, by which an alias may stick to a version."""
+    alias: str | None = None
+    """What `model` was called by, where the ingress has put the version for it."""
+
+
 @dataclass(frozen=True)
-class ChatCall:
+class ChatCall(_Asked):
     """`n` answers to a conversation."""
 
     model: str
     messages: list[dict[str, Any]]
     n: int
     sampling: Sampling
-    caller: Caller = ANONYMOUS
-    user: str | None = None
-    """Whom the caller asks for, by which an alias may stick to a version."""
-    alias: str | None = None
-    """What `model` was called by, where the ingress has put the version for it."""
     tools: Tools | None = None
     schema: dict[str, Any] | None = None
     """Of JSON, that the answers must follow; None is any text."""
 
 
 @dataclass(frozen=True)
-class CompletionCall:
+class CompletionCall(_Asked):
     """`n` continuations of each prompt, a text or token ids."""
 
     model: str
     prompts: list[str | list[int]]
     n: int
     sampling: Sampling
-    caller: Caller = ANONYMOUS
-    user: str | None = None
-    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,29 +97,23 @@ class Media:
 
 
 @dataclass(frozen=True)
-class ClassifyCall:
+class ClassifyCall(_Asked):
     """What each text, picture or sound is classified as."""
 
     model: str
     inputs: list[str | Media]
-    caller: Caller = ANONYMOUS
-    user: str | None = None
-    alias: str | None = None
 
 
 @dataclass(frozen=True)
-class EmbedCall:
+class EmbedCall(_Asked):
     """A vector of each text, or list of token ids."""
 
     model: str
     inputs: list[str | list[int]]
-    caller: Caller = ANONYMOUS
-    user: str | None = None
-    alias: str | None = None
 
 
 @dataclass(frozen=True)
-class TokenizeCall:
+class TokenizeCall(_Asked):
     """What a model reads a text, or a conversation, as."""
 
     model: str
@@ -124,9 +121,6 @@ class TokenizeCall:
     """A conversation goes through the model's template, up to where the answer begins."""
     add_special_tokens: bool = True
     """Of a text: what the tokenizer puts round it."""
-    caller: Caller = ANONYMOUS
-    user: str | None = None
-    alias: str | None = None
 
 
 Call = ChatCall | CompletionCall | ClassifyCall | EmbedCall | TokenizeCall

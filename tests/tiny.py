@@ -27,8 +27,10 @@ def make_tokenizer(folder: Path, *, chat_template: str | None = None) -> Any:
     return fast
 
 
-def make_llama(folder: Path, *, seed: int = 0, hidden_size: int = 32, max_position_embeddings: int = 256) -> Path:
-    """A random two-layer Llama with grouped-query attention."""
+def make_llama(
+    folder: Path, *, seed: int = 0, hidden_size: int = 32, max_position_embeddings: int = 256, num_hidden_layers: int = 2
+) -> Path:
+    """A random Llama with grouped-query attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer(folder)
@@ -37,7 +39,7 @@ def make_llama(folder: Path, *, seed: int = 0, hidden_size: int = 32, max_positi
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=max_position_embeddings,

@@ -1,29 +1,47 @@
-"""The optimiser's state in files on each machine's own disk, where its memory is too small as well (ZeRO-Infinity,
+"""The optimiser's state, and the weights, in files on each machine's own disk, where its memory is too small as well (ZeRO-Infinity,
 https://arxiv.org/abs/2104.07857).
 
 The files are of use to the process that wrote them alone: what a run goes on from are its checkpoints.
 """
 
 import fcntl
+import json
+import os
 import shutil
 import time
 from pathlib import Path
 
 import torch.distributed as dist
 
+from hone.base_model import BaseModel
 from hone.errors import ResourceError
 from hone.run_folder import tell
 from training.job import Job
+from training.model import build_on_meta
 from training.worker import Worker
+from training.zero import Swap, elements
 
 ABANDONED_S = 1800.0
 """A lock of torch's that is so old was left by a build that was killed; torch would wait for it without end."""
 
 
-def swap_folder(job: Job, worker: Worker) -> Path | None:
-    """Where this worker's state is; None where it is in memory. Of its own for each rank and run: several may share a disk."""
+def swap_of(job: Job, worker: Worker) -> Swap | None:
+    """What this worker keeps on NVMe; None where all is in memory."""
+    folder = _swap_folder(job, worker)
+    return Swap(folder, largest_shard=-(-_largest(job) // worker.world_size)) if folder else None
+
+
+def _largest(job: Job) -> int:
+    """Elements of the model's largest parameter, method and all."""
+    base = BaseModel(job.base_folder, job.base_id, json.loads((job.base_folder / "config.json").read_text()))
+    return max(elements([parameter]) for parameter in build_on_meta(job.recipe, base, head=job.head).parameters())
+
+
+def _swap_folder(job: Job, worker: Worker) -> Path | None:
+    """Of its own for each run and process: several may share a disk, and a worker that was frozen and comes to itself removes its own
+    files, not those of the one that has its rank now."""
     root = job.recipe.zero.nvme_path
-    return root / f"hone-{job.run_id}" / f"rank-{worker.rank}" if root else None
+    return root / f"hone-{job.run_id}" / f"rank-{worker.rank}-{os.getpid()}" if root else None
 
 
 def prepare_swap(job: Job, worker: Worker) -> None:
@@ -32,7 +50,7 @@ def prepare_swap(job: Job, worker: Worker) -> None:
     Raises:
         ResourceError: the folder cannot be written, or the op cannot be built.
     """
-    folder = swap_folder(job, worker)
+    folder = _swap_folder(job, worker)
     if folder is None:
         return
     wrong = ""
@@ -43,11 +61,11 @@ def prepare_swap(job: Job, worker: Worker) -> None:
                 job.folder,
                 "building",
                 op="async_io",
-                why="for state on NVMe; takes minutes the first time on a machine",
+                why="for files on NVMe; takes minutes the first time on a machine",
             )
             _build()
         except (OSError, RuntimeError, ImportError) as error:
-            wrong = f"zero.offload_optimizer nvme: {error}"
+            wrong = f"zero.nvme_path: {error}"
     everyone: list[str] = [""] * worker.world_size
     dist.all_gather_object(everyone, wrong)
     found = next(filter(None, everyone), "")
@@ -58,7 +76,7 @@ def prepare_swap(job: Job, worker: Worker) -> None:
 
 def remove_swap(job: Job, worker: Worker) -> None:
     """Give the disk back."""
-    folder = swap_folder(job, worker)
+    folder = _swap_folder(job, worker)
     if folder is None:
         return
     shutil.rmtree(folder, ignore_errors=True)

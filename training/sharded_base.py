@@ -120,4 +120,18 @@ def _fill(tensor: Any, stored: Any) -> None:
         tensor.copy_(stored.read().view(tensor.shape))
         return
     start, length = shard(tensor)
-    tensor.ds_tensor[:length].copy_(stored.read(start, length))
+    with _written_anew(tensor):
+        tensor.ds_tensor[:length].copy_(stored.read(start, length))
+
+
+@contextmanager
+def _written_anew(parameter: Any) -> Iterator[None]:
+    """A block that fills a parameter's shard; where that is on NVMe, it has a buffer in it, and goes to its file after it."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+    is_out = parameter.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE
+    if is_out:
+        parameter.ds_tensor.data = parameter.nvme_swapper.get_buffer(parameter, parameter.ds_tensor.ds_numel)
+    yield
+    if is_out:
+        parameter.nvme_swapper.swap_out_and_release([parameter])

@@ -18,7 +18,7 @@ from training.evaluate import evaluate
 from training.forward import Batcher, TaskModule, choose_packing
 from training.job import Job
 from training.model import build_model, choose_dtype, load_base
-from training.nvme import prepare_swap, swap_folder
+from training.nvme import prepare_swap, swap_of
 from training.optim import Groups, make_optimizer
 from training.retention import Retention
 from training.sequence import sequence_group
@@ -77,7 +77,7 @@ def start(job: Job, worker: Worker) -> Started:
 
     rows = TokenRows(job.data, "train")
     plan = batch_plan(recipe, job.data.sources)
-    config = deepspeed_config(recipe, dtype=dtype, use_gpu=job.use_gpu, swap=swap_folder(job, worker))
+    config = deepspeed_config(recipe, dtype=dtype, use_gpu=job.use_gpu, swap=swap_of(job, worker))
     model, heads = build_model(job, dtype=dtype, zero3=config if recipe.zero.stage == 3 else None, rank=worker.rank)
     packed = choose_packing(model, task, recipe.train, group)
     assert packed or group.size == 1, "prepare_job has refused what cannot be cut"

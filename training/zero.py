@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,26 @@ LARGEST_BUCKET = 500_000_000
 """Elements, DeepSpeed's own default."""
 SMALL = 100_000
 """Elements of a parameter that stage 3 leaves whole, DeepSpeed's own default."""
-
-
 UPDATED_AT_ONCE = 1_000_000_000
 """Elements of a sub-group at stage 3, DeepSpeed's own default."""
 SWAPPED_AT_ONCE = 50_000_000
 """The same where their state is on NVMe: 200 MB in memory for each of weights, gradients and two moments."""
 
 
-def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = False, swap: Path | None = None) -> dict[str, Any]:
+WEIGHT_BUFFERS = 5
+"""Shards of weights on NVMe that are in memory at once: more than any module has weights of its own. DeepSpeed's own default."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Where a rank keeps files on NVMe, and how large they get."""
+
+    folder: Path
+    largest_shard: int
+    """Elements: a buffer has room for any rank's part of any parameter."""
+
+
+def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = False, swap: Swap | None = None) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize` (https://www.deepspeed.ai/docs/config-json/).
 
     Batch sizes in it are for its log only: the loop says itself where a step ends, since packed steps differ in their forward passes.
@@ -33,7 +45,7 @@ def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = Fals
         recipe: What to run.
         dtype: Of weights and gradients.
         use_gpu: Whether memory is to be pinned for one.
-        swap: This rank's folder for the optimiser's state, where the recipe keeps it on NVMe.
+        swap: Of this rank, where the recipe keeps something on NVMe.
     """
     return {
         "train_micro_batch_size_per_gpu": recipe.train.portion,
@@ -48,34 +60,39 @@ def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = Fals
     }
 
 
-def _zero(recipe: Recipe, *, pin_memory: bool, swap: Path | None) -> dict[str, Any]:
-    zero, there = recipe.zero, {"device": "cpu", "pin_memory": pin_memory}
-    optimizer_there = there | {"device": "nvme", "nvme_path": str(swap)} if swap else there
+def _zero(recipe: Recipe, *, pin_memory: bool, swap: Swap | None) -> dict[str, Any]:
+    zero, in_memory = recipe.zero, {"device": "cpu", "pin_memory": pin_memory}
+    on_nvme = in_memory | {"device": "nvme", "nvme_path": str(swap.folder)} if swap else in_memory
+    # None of the trained weights is to stay in memory, as DeepSpeed would keep the first 1e9.
+    weights_on_nvme = on_nvme | {"buffer_count": WEIGHT_BUFFERS, "buffer_size": swap.largest_shard, "max_in_cpu": 0} if swap else in_memory
     return {
         "stage": zero.stage,
-        **({"offload_optimizer": optimizer_there} if zero.offload_optimizer else {}),
-        **({"offload_param": there} if zero.offload_param else {}),
-        # A moving average is of the shards, so small parameters must not be kept whole beside them.
+        **({"offload_optimizer": on_nvme if zero.offload_optimizer == "nvme" else in_memory} if zero.offload_optimizer else {}),
+        **({"offload_param": weights_on_nvme if zero.offload_param == "nvme" else in_memory} if zero.offload_param else {}),
         **(_of_stage_3(recipe) if zero.stage == 3 else {}),
     }
 
 
 def _of_stage_3(recipe: Recipe) -> dict[str, int]:
-    return {
+    settings = {
         "stage3_param_persistence_threshold": kept_whole(recipe),
         "stage3_max_live_parameters": recipe.zero.stage3_max_live_parameters,
         "stage3_max_reuse_distance": recipe.zero.stage3_max_reuse_distance,
         "sub_group_size": sub_group_size(recipe),
     }
+    if recipe.zero.offload_param == "nvme":
+        # A weight has its buffer for as long as it is gathered, and those that are read ahead of a pass that ends before them keep theirs.
+        settings |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    return settings
 
 
 def sub_group_size(recipe: Recipe) -> int:
     """Elements whose optimiser state is updated at once at stage 3."""
-    return recipe.zero.sub_group_size or (SWAPPED_AT_ONCE if recipe.zero.offload_optimizer == "nvme" else UPDATED_AT_ONCE)
+    return recipe.zero.sub_group_size or (SWAPPED_AT_ONCE if recipe.zero.nvme_path else UPDATED_AT_ONCE)
 
 
 def kept_whole(recipe: Recipe) -> int:
-    """The largest parameter that stage 3 leaves whole on every rank, in elements."""
+    """The largest parameter that stage 3 leaves whole on every rank, in elements: none where a moving average is made of the shards."""
     return 0 if recipe.train.ema_decay else SMALL
 
 

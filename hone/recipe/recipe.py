@@ -117,6 +117,8 @@ def _check_method(recipe: Recipe) -> None:
         raise ValueError(reason)
     if recipe.zero.offload_optimizer == "nvme" and getattr(recipe.method, "gradual_unfreezing", None):
         raise ValueError("method.gradual_unfreezing empties the state of what thaws, in memory; use zero.offload_optimizer true")
+    if recipe.zero.offload_param == "nvme" and recipe.train.ema_decay:
+        raise ValueError("train.ema_decay reads every weight after each step; use zero.offload_param true, which keeps them in memory")
     if recipe.zero.stage == 0 and recipe.train.precision == "fp16":
         raise ValueError("train.precision fp16 needs zero.stage 1, 2 or 3: without ZeRO, DeepSpeed 0.19 does not scale the loss")
     if recipe.method.type == "prefix" and recipe.train.gradient_checkpointing:

@@ -1,9 +1,9 @@
 """How the weights move: the optimiser, how long, what DeepSpeed shards, and the workers."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from hone.recipe.settings import Fraction, Settings
 
@@ -98,28 +98,20 @@ class ZeroSettings(Settings):
     offload_optimizer: bool | Literal["nvme"] = False
     """Keep the optimiser's state in the machine's memory (true) and update weights there: for stages 1 to 3, where a GPU is too small. nvme
     keeps it in files under nvme_path, for stage 3, where the memory is too small as well."""
-    offload_param: bool = False
-    """Keep the frozen and trained weights there as well, and bring up each layer when it is needed: for stage 3."""
+    offload_param: bool | Literal["nvme"] = False
+    """Keep the frozen and trained weights there as well, and bring up each layer when it is needed: for stage 3. nvme reads each from a
+    file under nvme_path, at every use."""
     stage3_max_live_parameters: int = Field(default=1_000_000_000, ge=1)
     """Elements of weights that a worker may hold gathered at stage 3, those that are fetched before their use among them: fewer take less
     memory and wait more. DeepSpeed's own default."""
     stage3_max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
-    """A weight that is used again within so many elements stays gathered at stage 3. DeepSpeed's own default."""
+    """A weight that is used again within so many elements stays gathered at stage 3. DeepSpeed's own default; none does with offload_param
+    nvme."""
     nvme_path: Path | None = None
-    """A folder on each machine's own disk, for offload_optimizer nvme; a run's own folder in it goes when the run ends."""
+    """A folder on each machine's own disk, for what is offloaded to nvme; a run's own folder in it goes when the run ends."""
     sub_group_size: int | None = Field(default=None, ge=1)
     """Elements whose optimiser state is updated at once at stage 3; from NVMe, that many are in memory four times in fp32. DeepSpeed's own
-    default is 1e9, and that of hone 5e7 with offload_optimizer nvme."""
-
-    @field_validator("offload_param", mode="before")
-    @classmethod
-    def _is_no_device(cls, value: Any) -> Any:
-        if value == "nvme" or (isinstance(value, dict) and value.get("device") == "nvme"):
-            raise ValueError(
-                "zero.offload_param: weights on NVMe are not supported, because each rank reads its part of the base into memory; "
-                "true keeps them in the machine's memory, and zero.offload_optimizer nvme moves the optimiser's state, six times as much"
-            )
-        return value
+    default is 1e9, and that of hone 5e7 with nvme."""
 
     @model_validator(mode="after")
     def _can_offload(self) -> "ZeroSettings":
@@ -129,8 +121,10 @@ class ZeroSettings(Settings):
             raise ValueError("zero.offload_param needs zero.stage 3, which brings weights up layer by layer")
         if self.offload_optimizer == "nvme" and self.stage != 3:
             raise ValueError(f"zero.offload_optimizer nvme needs zero.stage 3, and this is {self.stage}; true goes with 1 and 2")
-        if (self.offload_optimizer == "nvme") != (self.nvme_path is not None):
-            raise ValueError("zero.offload_optimizer nvme and zero.nvme_path, the folder on each machine's disk, go together")
+        if ("nvme" in (self.offload_optimizer, self.offload_param)) != (self.nvme_path is not None):
+            raise ValueError(
+                "zero.offload_optimizer nvme or zero.offload_param nvme, and zero.nvme_path, the folder on each machine's disk, go together"
+            )
         return self
 
 

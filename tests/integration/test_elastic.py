@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
         "zero": {"offload_optimizer": True, "offload_param": True},
         **FULL,
     },
-    "full, little gathered, 3": {"task": "chat", "method": {"type": "full"}, "stage": 3, "zero": LITTLE, **FULL},
+    "lora, little gathered, 3": {"task": "chat", "method": {"type": "lora"}, "stage": 3, "zero": LITTLE},
     "full, little gathered, average, 3": {
         "task": "chat",
         "method": {"type": "full"},

@@ -1,6 +1,9 @@
-"""The optimiser's state in files on NVMe: a run learns as with all in memory, goes on with other workers, and leaves no file."""
+"""Optimiser state and weights in files on NVMe: a run learns as with all in memory, goes on with other workers, and leaves no file."""
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,7 @@ AT_ONCE = 300_000
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("base"), hidden_size=384)
+    return make_llama(tmp_path_factory.mktemp("base"), hidden_size=768)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chats(tmp_path_factory.mktemp("rows") / "chat.jsonl")
 
 
-def asked(base: Path, rows: Path, nvme: Path | None, *, method: str) -> Recipe:
-    zero = {"offload_optimizer": "nvme", "nvme_path": str(nvme), "sub_group_size": AT_ONCE} if nvme else {}
+def asked(base: Path, rows: Path, nvme: Path | None, *, method: str, moved: tuple[str, ...] = ()) -> Recipe:
+    zero = {**dict.fromkeys(moved, "nvme"), "nvme_path": str(nvme), "sub_group_size": AT_ONCE} if nvme else {}
     train = {"save_steps": 100, "eval_steps": 5}
     return recipe(base, rows, task="chat", method={"type": method}, stage=3, zero=zero, train=train, optim={"learning_rate": 1e-4})
 
@@ -45,13 +48,38 @@ def losses(job: Job) -> list[float]:
     return [m["loss"] for m in read_metrics(job.folder) if "loss" in m]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_run_is_the_one_that_it_would_have_been(base: Path, rows: Path, tmp_path: Path, home: Home, method: str) -> None:
+@contextmanager
+def seen_files(folder: Path) -> Iterator[set[str]]:
+    """The folders' names of all files that are in a folder at any time in the block."""
+    seen: set[str] = set()
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.2):
+            seen.update(file.parents[1].name for file in folder.rglob("*.swp"))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield seen
+    finally:
+        is_over.set()
+        looking.join()
+
+
+@pytest.mark.parametrize(
+    ("method", "moved"), [("full", ("offload_optimizer",)), ("full", ("offload_optimizer", "offload_param")), ("lora", ("offload_param",))]
+)
+def test_a_run_is_the_one_that_it_would_have_been(
+    base: Path, rows: Path, tmp_path: Path, home: Home, method: str, moved: tuple[str, ...]
+) -> None:
     nvme = tmp_path / "nvme"
     whole = prepared(asked(base, rows, None, method=method), tmp_path / "whole", home=home)
-    swapped = prepared(asked(base, rows, nvme, method=method), tmp_path / "swapped", home=home)
-    parts = prepared(asked(base, rows, nvme, method=method), tmp_path / "parts", home=home)
-    train_all(tmp_path, [whole, swapped], timeout_s=1800)
+    swapped = prepared(asked(base, rows, nvme, method=method, moved=moved), tmp_path / "swapped", home=home)
+    parts = prepared(asked(base, rows, nvme, method=method, moved=moved), tmp_path / "parts", home=home)
+    with seen_files(nvme) as files:
+        train_all(tmp_path, [whole, swapped], timeout_s=1800)
+    assert ("float32params" in files) == ("offload_param" in moved)
     assert not failure(whole)
     assert not failure(swapped)
     for workers, steps in PARTS:
@@ -71,6 +99,6 @@ def test_a_run_is_the_one_that_it_would_have_been(base: Path, rows: Path, tmp_pa
 
 def test_a_folder_that_cannot_be_written_is_said(base: Path, rows: Path, tmp_path: Path, home: Home) -> None:
     (tmp_path / "file").touch()
-    job = prepared(asked(base, rows, tmp_path / "file", method="lora"), tmp_path / "run", home=home)
+    job = prepared(asked(base, rows, tmp_path / "file", method="lora", moved=("offload_param",)), tmp_path / "run", home=home)
     train_all(tmp_path, [job], timeout_s=300)
     assert f"the folder zero.nvme_path {tmp_path / 'file'} cannot be written on this machine" in failure(job)

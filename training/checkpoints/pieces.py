@@ -66,7 +66,8 @@ class TrainedState:
         self._optimizer, self._parameters, self._module, self._average = optimizer, parameters, module, average
         self._inner = getattr(optimizer, "optimizer", optimizer)
         self.loss_scale = LossScale(optimizer)
-        self._is_cut = hasattr(optimizer, "update_lp_params") or hasattr(optimizer, "fp32_partitioned_groups_flat")
+        self._is_stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+        self._is_cut = hasattr(optimizer, "update_lp_params") or self._is_stage_3
 
     @property
     def is_on_nvme(self) -> bool:
@@ -106,8 +107,10 @@ class TrainedState:
             steps: How often AdamW has moved each parameter; those that are not in it have no moments yet.
             fill: Puts values into a piece.
         """
-        optimizer, is_stage_3 = self._optimizer, hasattr(self._optimizer, "fp32_partitioned_groups_flat")
-        if is_stage_3 and optimizer.persistent_parameters:
+        optimizer = self._optimizer
+        # What stage 3 keeps whole is left in shards, as before a first pass: in that, DeepSpeed learns which modules look at the weights of
+        # others (PEFT's at lora_A's) by these being shards. Learnt in a later pass, it is at odds with the order of the first: an error.
+        if self._is_stage_3 and optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
         self._inner.state.clear()
         for number, names in self._sub_groups().items():
@@ -116,7 +119,7 @@ class TrainedState:
                     self._begin_moments(name, steps)
                     for piece in self._pieces_of(name):
                         fill(piece)
-                if is_stage_3:
+                if self._is_stage_3:
                     optimizer._reassign_or_swap_out_partitioned_parameters(number)
         for piece in self._others():
             fill(piece)
@@ -136,9 +139,7 @@ class TrainedState:
 
     def _take_up(self) -> None:
         optimizer = self._optimizer
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            optimizer.checkpoint_event_epilogue()
-        elif hasattr(optimizer, "update_lp_params"):
+        if hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
         elif hasattr(optimizer, "fp32_groups"):
             for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
@@ -147,7 +148,7 @@ class TrainedState:
 
     def _sub_groups(self) -> dict[int, list[str]]:
         """Parameters by the number of what is in memory at once; all of them but at stage 3."""
-        if not hasattr(self._optimizer, "fp32_partitioned_groups_flat"):
+        if not self._is_stage_3:
             return {0: list(self._parameters)}
         groups: dict[int, list[str]] = {}
         for name, parameter in self._parameters.items():
@@ -175,8 +176,11 @@ class TrainedState:
         if held and held.numel:
             state = self._inner.state.get(held.flat, {})
             for kind, flat in {"weight": held.flat, **{kind: state[kind] for kind in MOMENTS if kind in state}}.items():
-                nowhere = torch.empty(held.numel, dtype=flat.dtype, device="meta")
-                view = flat.detach().view(-1).narrow(0, held.offset, held.numel) if is_here else nowhere
+                view = (
+                    flat.detach().view(-1).narrow(0, held.offset, held.numel)
+                    if is_here
+                    else torch.empty(held.numel, dtype=flat.dtype, device="meta")
+                )
                 yield Piece(kind, name, held.start, view, not self._is_cut)
 
     def _others(self) -> Iterator[Piece]:
@@ -196,7 +200,7 @@ class TrainedState:
 
     def _held(self, parameter: torch.nn.Parameter) -> _Held | None:
         optimizer = self._optimizer
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        if self._is_stage_3:
             group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start, whole = shard(parameter)
             return _Held(optimizer.fp32_partitioned_groups_flat[group], offset, start, min(whole, numel))

@@ -16,8 +16,9 @@ min(T, 5e8), as `training.zero.fit_buckets` sets it:
     process       Python, torch, DeepSpeed, transformers; on a GPU the CUDA context, and NCCL's buffers.
 
 With zero.offload_optimizer the optimiser's part, with masters at any precision, and the gradients' part of N, with an fp32 copy for the
-step, are in the machine's memory; with zero.offload_param the shards of the weights are. From NVMe (offload_optimizer nvme) come four
-buffers in fp32 of a sub-group each, and a checkpoint is written from them.
+step, are in the machine's memory; with zero.offload_param the shards of the weights are. From NVMe come, with offload_optimizer nvme, four
+buffers in fp32 of a sub-group each, and a checkpoint is written from them; with offload_param nvme, buffers of the largest shard, one of a
+sub-group's parameters (whole, by DeepSpeed's count) for what is written back, and nothing is gathered before it is needed.
 
 Who holds what is section 5 of ZeRO (https://arxiv.org/abs/1910.02054); buckets and copies are DeepSpeed 0.19's
 (runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py), and the reason why the paper's formulas alone fall short.
@@ -33,7 +34,7 @@ from typing import Any, Literal
 import torch
 
 from training.plan.trace import Need
-from training.zero import bucket_elements, elements
+from training.zero import WEIGHT_BUFFERS, bucket_elements, elements
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
@@ -83,6 +84,8 @@ class Offload:
     param: bool = False
     swapped_at_once: int = 0
     """Elements whose optimiser state is in memory at once, where it is on NVMe."""
+    weights_at_once: int = 0
+    """Elements whose weights are written back at once, where weights are on NVMe."""
 
 
 NOTHING_MOVED = Offload()
@@ -143,13 +146,14 @@ def memory(counts: Counts, stage: Stage, *, workers: int, activations: Need, on_
     gradients, part = _gradients(counts, stage, workers=workers)
     optimizer = _optimizer(counts, stage, workers=workers, is_copy=moves_optimizer)
     checkpoint = _checkpoint(counts, stage, workers=workers)
-    moved = (shards if moves_param else 0, _moved_gradients(counts, workers=workers) if moves_optimizer else 0)
+    rested = _weight_buffers(counts, offload, workers=workers) if moves_param and offload.weights_at_once else shards
+    moved = (rested if moves_param else 0, _moved_gradients(counts, workers=workers) if moves_optimizer else 0)
     if moves_optimizer and offload.swapped_at_once:
         optimizer, moved = _swapped(counts, offload, workers=workers), (moved[0], _part(counts.trained, workers) * counts.bytes_each)
         checkpoint = checkpoint if counts.saved_by_one else 0
     if not on_gpu:
         return Memory(
-            weights=weights + shards + counts.copies,
+            weights=weights + rested + counts.copies,
             gradients=gradients + (moved[1] or part),
             optimizer=optimizer,
             activations=activations.live,
@@ -159,7 +163,7 @@ def memory(counts: Counts, stage: Stage, *, workers: int, activations: Need, on_
         )
     loading = counts.total * counts.bytes_each if stage < 3 else 0  # weights are read into the machine's memory first
     return Memory(
-        weights=weights + shards - moved[0] + counts.copies,
+        weights=weights + (0 if moves_param else shards) + counts.copies,
         gradients=gradients + (0 if moves_optimizer else part),
         optimizer=0 if moves_optimizer else optimizer,
         activations=activations.live,
@@ -174,7 +178,8 @@ def _weights(counts: Counts, stage: Stage, *, workers: int) -> tuple[int, int]:
     """(What passes work with, what is at rest)."""
     if stage < 3:
         return counts.total * counts.bytes_each, 0
-    gathered = counts.kept_whole + counts.largest + counts.most_gathered // 2 + FETCHED_AHEAD
+    reused = counts.most_gathered // 2
+    gathered = counts.kept_whole + counts.largest + reused + min(FETCHED_AHEAD, counts.most_gathered - reused)
     return min(counts.total, gathered) * counts.bytes_each, _part(counts.total, workers) * counts.bytes_each
 
 
@@ -200,6 +205,12 @@ def _swapped(counts: Counts, offload: Offload, *, workers: int) -> int:
     """DeepSpeed's four buffers. A sub-group ends with the parameter that fills it."""
     most = offload.swapped_at_once + _part(counts.largest, workers)
     return 4 * 4 * min(_part(counts.trained, workers), most)
+
+
+def _weight_buffers(counts: Counts, offload: Offload, *, workers: int) -> int:
+    """DeepSpeed's for shards that are read, and the one from which a sub-group's are written."""
+    written = min(counts.trained, offload.weights_at_once * workers + counts.largest)
+    return (WEIGHT_BUFFERS * _part(counts.largest, workers) + written) * counts.bytes_each
 
 
 def _checkpoint(counts: Counts, stage: Stage, *, workers: int) -> int:

@@ -157,7 +157,8 @@ def ask(recipe: Recipe, base: Base, data: PreparedData, *, on_gpu: bool, dtype: 
     counts = count(model, dtype=dtype, kept_whole=kept_whole(recipe))
     needs_reference = bool(recipe.guard.kl_penalty) and not METHOD_FACTS[recipe.method.type].keeps_base
     copies = (counts.total * counts.bytes_each if needs_reference else 0) + (4 * counts.trained if recipe.train.ema_decay else 0)
-    gathered = max(recipe.zero.stage3_max_live_parameters, recipe.zero.stage3_max_reuse_distance)
+    ahead = max(recipe.zero.stage3_max_live_parameters, recipe.zero.stage3_max_reuse_distance)
+    gathered = 0 if recipe.zero.offload_param == "nvme" else ahead
     counts = replace(counts, copies=copies, most_gathered=gathered, saved_by_one=METHOD_FACTS[recipe.method.type].keeps_base)
 
     rows = TokenRows(data, "train")
@@ -189,8 +190,13 @@ def ask(recipe: Recipe, base: Base, data: PreparedData, *, on_gpu: bool, dtype: 
 
 
 def _asked_offload(recipe: Recipe) -> Offload:
-    is_swapped = recipe.zero.offload_optimizer == "nvme"
-    return Offload(bool(recipe.zero.offload_optimizer), recipe.zero.offload_param, sub_group_size(recipe) if is_swapped else 0)
+    zero, at_once = recipe.zero, sub_group_size(recipe)
+    return Offload(
+        optimizer=bool(zero.offload_optimizer),
+        param=bool(zero.offload_param),
+        swapped_at_once=at_once if zero.offload_optimizer == "nvme" else 0,
+        weights_at_once=at_once if zero.offload_param == "nvme" else 0,
+    )
 
 
 def dtype_on(recipe: Recipe, cluster: Cluster) -> torch.dtype:

@@ -114,7 +114,12 @@ def test_what_cannot_share_a_sequence_is_refused(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"zero": {"stage": 3, "offload_param": {"device": "nvme"}}}, "zero.offload_param: weights on NVMe are not supported"),
+        ({"zero": {"stage": 2, "offload_param": "nvme", "nvme_path": "/scratch"}}, "zero.offload_param needs zero.stage 3"),
+        ({"zero": {"stage": 3, "offload_param": "nvme"}}, "zero.nvme_path, the folder on each machine's disk, go together"),
+        (
+            {"zero": {"stage": 3, "offload_param": "nvme", "nvme_path": "/scratch"}, "train": {"ema_decay": 0.99}},
+            "train.ema_decay reads every weight after each step",
+        ),
         ({"zero": {"offload_optimizer": "nvme", "nvme_path": "/scratch"}}, "needs zero.stage 3, and this is 2"),
         ({"zero": {"stage": 3, "offload_optimizer": "nvme"}}, "zero.nvme_path, the folder on each machine's disk, go together"),
         ({"zero": {"stage": 3, "nvme_path": "/scratch"}}, "zero.nvme_path, the folder on each machine's disk, go together"),

@@ -5,7 +5,7 @@ import torch
 
 from training.plan.memory import CPU_PROCESS, FETCHED_AHEAD, HOST_PROCESS, Counts, Offload, count, memory
 from training.plan.trace import Event, Need, Pass
-from training.zero import LARGEST_BUCKET, bucket_elements, fit_buckets
+from training.zero import LARGEST_BUCKET, WEIGHT_BUFFERS, bucket_elements, fit_buckets
 
 NOTHING = Need(0, 0)
 FP32 = Counts(total=1000, trained=1000, bytes_each=4, largest=300, kept_whole=100)
@@ -79,6 +79,17 @@ def test_from_nvme_four_buffers_of_a_sub_group_are_in_memory_and_no_copy_for_a_c
     assert there.host - swapped.host == in_files - 16 * at_once
     small = memory(FULL, 3, workers=8, activations=NOTHING, on_gpu=True, offload=Offload(optimizer=True, swapped_at_once=10**12))
     assert there.host - small.host == in_files - 16 * part, "no buffer is larger than all there is"
+
+
+def test_weights_on_nvme_take_buffers_in_memory_and_no_shard() -> None:
+    there = memory(FULL, 3, workers=8, activations=NOTHING, on_gpu=True, offload=Offload(param=True))
+    swapped = memory(FULL, 3, workers=8, activations=NOTHING, on_gpu=True, offload=Offload(param=True, weights_at_once=1_000_000))
+    written = 1_000_000 * 8 + FULL.largest
+    assert written < FULL.trained
+    assert swapped.total == there.total, "on the GPU nothing is other"
+    assert there.host - swapped.host == 2 * (FULL.total // 8 - WEIGHT_BUFFERS * -(-FULL.largest // 8) - written)
+    cpu = [memory(FP32, 3, workers=2, activations=NOTHING, on_gpu=False, offload=Offload(param=True, weights_at_once=n)) for n in (0, 1)]
+    assert cpu[0].weights - cpu[1].weights == 4 * (FP32.total // 2 - WEIGHT_BUFFERS * -(-FP32.largest // 2) - 2 - FP32.largest)
 
 
 def test_on_a_cpu_offloading_saves_nothing() -> None:
