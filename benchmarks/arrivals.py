@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.harness import interleave, ratios, save, summary
 from cluster.connect import local_ray
@@ -104,6 +104,9 @@ def _base(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.lm_head.weight.data[model.config.eos_token_id] = 0.0  # never the largest of hundreds of random logits
     model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -191,18 +194,25 @@ async def _answer(client: httpx.AsyncClient, server: Server, model: str, prompt:
     async with client.stream("POST", f"{server.url}/chat/completions", json=asked | server.options) as response:
         if not response.is_success:
             raise RuntimeError(f"{response.status_code}: {(await response.aread())[:500]!r}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
+        async for chunk in _chunks(response):
             if "error" in chunk:
-                raise RuntimeError(line)
+                raise RuntimeError(chunk)
             if not first and any(choice["delta"].get("content") for choice in chunk["choices"]):
                 first = time.perf_counter() - began
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
     if tokens != NEW_TOKENS:
         raise RuntimeError(f"{model} answered with {tokens} tokens and not {NEW_TOKENS}; nothing was measured")
     return Answer(first, tokens)
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[Any]:
+    """Random text has all of Unicode's line ends in it, at which `aiter_lines` would cut."""
+    kept = b""
+    async for received in response.aiter_bytes():
+        *lines, kept = (kept + received).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):
+                yield json.loads(line.removeprefix(b"data: "))
 
 
 def _quantiles(times: list[float]) -> dict[str, float]:

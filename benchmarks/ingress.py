@@ -50,7 +50,7 @@ def main() -> None:
         with local_ray() as started:
             deploy_locally(started, base=str(base), home=str(home.root), host="127.0.0.1", port=port)
             os.environ.update(started.environment)
-            ray.init(address=started.address, log_to_driver=False)
+            ray.init(address=started.address, log_to_driver=False, _node_ip_address="127.0.0.1")
             replica = Replica(base=str(base), home=str(home.root), max_rows=AT_ONCE)
             try:
                 measured = asyncio.run(_measure(_ways(replica, port, model), repeats=args.repeats, requests=args.requests))

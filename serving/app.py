@@ -4,6 +4,7 @@ Two deployments. The ingress holds no model: it validates, routes and formats, s
 base. Serve's HTTP server binds 127.0.0.1 unless told otherwise.
 """
 
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -41,7 +42,7 @@ from serving.engines import ROWS
 from serving.errors import BusyError, UnavailableError
 from serving.ingress import make_app
 from serving.measured import Measured
-from serving.replica import Replica
+from serving.replica import SWITCH_S, Replica
 
 INGRESS_REQUESTS = 4096
 UPSCALE_S = 10.0
@@ -96,7 +97,7 @@ class ServeArgs(BaseModel):
     """Who needs an API key. `auto`: everyone once the store has keys, and before that everyone who comes from another machine. `required`:
     everyone. `off`: nobody, though known keys keep their limits."""
     max_queued: int = Field(default=256, ge=0)
-    """Requests that wait for a replica before more are answered 429."""
+    """Requests that wait in a replica, and as many again before all replicas, before more are answered 429."""
     num_cpus: float = Field(default=1, ge=0)
     """CPU cores of one replica, and the threads that it computes with."""
     num_gpus: float | None = Field(default=None, ge=0)
@@ -120,8 +121,9 @@ def build(args: ServeArgs) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class="serving.router.WarmRouter"),
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=args.drain_s,
-        # Twice what runs at once, so that the engine always has the next rows at hand; the rest waits at the ingress.
-        max_ongoing_requests=2 * rows,
+        # They wait in the replica, whose engine is fair among tenants: for those that wait at the ingress, Serve asks replicas again and
+        # again whether there is room, which took half a core (docs/decisions/0022).
+        max_ongoing_requests=rows + args.max_queued,
         max_queued_requests=args.max_queued,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": _gpus(args)},
         health_check_period_s=5,
@@ -174,6 +176,7 @@ class ServedReplica(Replica):
     """A replica as Serve runs it: named as Serve names it, metered, and stopped when Serve lets go of it."""
 
     def __init__(self, **settings: Any) -> None:
+        sys.setswitchinterval(SWITCH_S)
         super().__init__(**settings, name=serve.get_replica_context().replica_id.unique_id, is_metered=True)
 
     def __del__(self) -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -31,12 +31,10 @@ from serving.calls import (
     Classified,
     ClassifyCall,
     CompletionCall,
-    Done,
     EmbedCall,
     Embedded,
     Event,
     Failed,
-    Piece,
     Started,
     Status,
     TokenizeCall,
@@ -47,8 +45,8 @@ from serving.contract import ServingEngine
 from serving.disk import DISK_BYTES, AdapterDisk
 from serving.engine.constraint import Constraint
 from serving.engine.generation import PREFILL_TOKENS
-from serving.engine.row import Ended, Row, TextPiece
 from serving.engine.row import Event as RowEvent
+from serving.engine.row import Row
 from serving.engine.sampling import make_chooser
 from serving.engine.text import TextStream
 from serving.engines import start_engine
@@ -58,11 +56,20 @@ from serving.kinds import routes_of
 from serving.measured import Measured, measured
 from serving.memory import CPU, SHARE, AdapterMemory
 from serving.metering import Meter
+from serving.outgoing import Told, events_of, joined_pieces
 from serving.reading import Reader, answer, room
 from serving.tool_grammar import answer_grammar
-from serving.tool_stream import CallPiece, ToolStream, joined
+from serving.tool_stream import ToolStream
 
 logger = logging.getLogger("ray.serve")
+
+PAUSE_S = 0.01
+"""For each answer in the making: about what Ray Serve and the ingress compute for one piece of one answer (docs/decisions/0022)."""
+LONGEST_PAUSE_S = 0.2
+"""Five pieces a second still read as a text that is being written."""
+SWITCH_S = 0.0005
+"""How long a thread of this process may keep the interpreter from the model's, which asks for it again after every kernel; Python's own
+5 ms are as long as a step."""
 
 
 class Replica:
@@ -190,8 +197,8 @@ class Replica:
                 prompts = await asyncio.to_thread(self._reader.prompts, served, call)
                 constraints = await asyncio.to_thread(self._constraints, served, call)
                 limits = [room(served, len(prompt), call.sampling) for prompt in prompts]
-                queue: asyncio.Queue[tuple[int, RowEvent]] = asyncio.Queue()
-                tell = partial(_tell, asyncio.get_running_loop(), queue)
+                told = Told()
+                tell = partial(told.tell, asyncio.get_running_loop())
                 rows = [
                     _row(served, prompt, limit, call, choice, constraints[choice], partial(tell, n * call.n + choice), asked_at, deadline)
                     for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
@@ -200,7 +207,7 @@ class Replica:
                 self._engine.add(served, rows)
                 try:
                     yield [Started(served.name, served.digest, sum(map(len, prompts)))]
-                    async for events in _events(queue, len(rows), _tool_streams(served, call)):
+                    async for events in events_of(told, len(rows), _tool_streams(served, call), pause_s=self._pause_s):
                         yield events
                 finally:
                     self._engine.cancel(rows)
@@ -208,17 +215,15 @@ class Replica:
         except RequestError as error:
             yield [Failed(error)]
 
+    def _pause_s(self) -> float:
+        """Between two pieces of one answer: what carries them to the client costs more than a token, so the more answers there are, the
+        more tokens go together."""
+        return min(PAUSE_S * self._engine.running, LONGEST_PAUSE_S)
+
     async def answer(self, call: ChatCall | CompletionCall) -> list[Event]:
         """See `Backend.answer`."""
-        pieces: dict[int, list[Piece]] = {}
-        others: list[Event] = []
-        async for events in self.generate(call):
-            for event in events:
-                if isinstance(event, Piece):
-                    pieces.setdefault(event.choice, []).append(event)
-                else:
-                    others.append(event)
-        return [*others[:1], *map(_joined, pieces.values()), *others[1:]]
+        first, *others = [event async for events in self.generate(call) for event in events]
+        return [first, *joined_pieces(others)]
 
     async def classify(self, call: ClassifyCall) -> Classified | Failed:
         """See `Backend.classify`."""
@@ -342,57 +347,12 @@ def _row(
     )
 
 
-def _joined(pieces: Sequence[Piece]) -> Piece:
-    scores = tuple(score for piece in pieces for score in piece.scores)
-    calls = joined([call for piece in pieces for call in piece.calls])
-    return Piece(pieces[0].choice, "".join(piece.text for piece in pieces), scores, pieces[-1].tokens, tuple(calls))
-
-
 def _tool_streams(served: Served, call: ChatCall | CompletionCall) -> list[ToolStream]:
     """What finds calls of tools in each answer; none where there are no tools."""
     if isinstance(call, CompletionCall) or call.tools is None:
         return []
     must_call, must_follow = call.tools.must_call, call.schema is not None
     return [ToolStream(served.tool_form, must_call=must_call, must_follow=must_follow) for _ in range(call.n)]
-
-
-def _tell(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[tuple[int, RowEvent]]", choice: int, event: RowEvent) -> None:
-    """Hand an event of the model's thread to the event loop."""
-    with suppress(RuntimeError):  # the loop has closed: the server is going away, and nobody listens
-        loop.call_soon_threadsafe(queue.put_nowait, (choice, event))
-
-
-async def _events(
-    queue: "asyncio.Queue[tuple[int, RowEvent]]", rows: int, streams: Sequence[ToolStream] = ()
-) -> AsyncIterator[list[Event]]:
-    """Everything that is ready, each time something is, until every row has ended.
-
-    Raises:
-        RequestError: a row could not be finished.
-    """
-    while rows:
-        ready = [await queue.get()]
-        while not queue.empty():
-            ready.append(queue.get_nowait())
-        events: list[Event] = []
-        for choice, event in ready:
-            match event:
-                case TextPiece(text, scores, tokens):
-                    calls: list[CallPiece] = []
-                    if streams:
-                        text, calls = streams[choice].push(text)
-                    if text or calls or scores:
-                        events.append(Piece(choice, text, scores, tokens, tuple(calls)))
-                case Ended(reason, tokens):
-                    if streams:
-                        text, reason = streams[choice].finish(reason)
-                        events += [Piece(choice, text, (), tokens)] if text else []
-                    events.append(Done(choice, reason, tokens))
-                    rows -= 1
-                case RequestError():
-                    raise event
-        if events:
-            yield events
 
 
 def _published(name: str, base: BaseModel, registry: Registry) -> AdapterManifest | None:

@@ -244,7 +244,8 @@ def test_a_random_model_calls_as_it_must(client: TestClient, choice: Any) -> Non
     assert all(len(each) == 9 and each.isalnum() for each in ids)
 
 
-def test_streamed_calls_come_as_openai_sends_them(client: TestClient) -> None:
+def test_streamed_calls_come_as_openai_sends_them(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.replica.PAUSE_S", 0.0)  # else most of a call may come together
     body = {"seed": 8, "temperature": 1.3, "n": 2, "tool_choice": "required"}
     whole = chat(client, **body).json()
     chunks = streamed(chat(client, **body, stream=True, stream_options={"include_usage": True}))

@@ -1,0 +1,78 @@
+"""What rows say reaches whoever asked together, and without waiting where waiting is felt."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+
+from serving.calls import Done, Event, Piece
+from serving.engine.row import Ended, TextPiece
+from serving.errors import RequestError
+from serving.outgoing import Told, events_of
+
+FOREVER = 3600.0
+SOON = 30.0
+
+
+async def following(events: AsyncIterator[list[Event]]) -> list[Event]:
+    return await asyncio.wait_for(anext(events), SOON)
+
+
+def text(said: str, tokens: int) -> TextPiece:
+    return TextPiece(said, (), tokens)
+
+
+def test_the_first_text_and_an_end_go_at_once_and_what_is_between_goes_together() -> None:
+    async def run() -> None:
+        told, loop = Told(), asyncio.get_running_loop()
+        events = events_of(told, 1, pause_s=lambda: FOREVER)
+        told.tell(loop, 0, text("a", 1))
+        assert await following(events) == [Piece(0, "a", (), 1)]
+        waiting = asyncio.create_task(anext(events))  # type: ignore[arg-type]
+        for n, letter in enumerate("bcd", start=2):
+            told.tell(loop, 0, text(letter, n))
+            await asyncio.sleep(0.02)
+            assert not waiting.done()
+        told.tell(loop, 0, Ended("stop", 4))
+        assert await asyncio.wait_for(waiting, SOON) == [Piece(0, "bcd", (), 4), Done(0, "stop", 4)]
+        with pytest.raises(StopAsyncIteration):
+            await anext(events)
+
+    asyncio.run(run())
+
+
+def test_choices_end_one_after_another_and_each_says_all_that_it_had() -> None:
+    async def run() -> None:
+        told, loop = Told(), asyncio.get_running_loop()
+        events = events_of(told, 2, pause_s=lambda: FOREVER)
+        for choice, said in ((0, "a"), (1, "x"), (0, "b")):
+            told.tell(loop, choice, text(said, 1))
+        assert await following(events) == [Piece(0, "ab", (), 1), Piece(1, "x", (), 1)]
+        told.tell(loop, 1, Ended("length", 1))
+        assert await following(events) == [Done(1, "length", 1)]
+        told.tell(loop, 0, RequestError("no more"))
+        with pytest.raises(RequestError, match="no more"):
+            await following(events)
+
+    asyncio.run(run())
+
+
+def test_nothing_is_lost_that_other_threads_say_at_any_time() -> None:
+    count = 20_000
+
+    async def run() -> str:
+        told, loop = Told(), asyncio.get_running_loop()
+
+        def say() -> None:
+            for n in range(count):
+                told.tell(loop, 0, text(chr(ord("a") + n % 26), n + 1))
+            told.tell(loop, 0, Ended("stop", count))
+
+        threading.Thread(target=say).start()
+        said = ""
+        async for events in events_of(told, 1, pause_s=lambda: 0.0):
+            said += "".join(event.text for event in events if isinstance(event, Piece))
+        return said
+
+    assert asyncio.run(run()) == "".join(chr(ord("a") + n % 26) for n in range(count))
