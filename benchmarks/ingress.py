@@ -7,7 +7,6 @@ model does not exist. One request after another for the latency, sixteen at once
 
 import argparse
 import asyncio
-import os
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -21,10 +20,9 @@ import torch
 from ray import serve
 
 from benchmarks.harness import Figures, interleave, save, summary
-from cluster.connect import local_ray
-from cluster.deploy import deploy_locally
 from hone.ports import free_port
 from hone.storage import Home
+from serving.app import ServeArgs, build
 from serving.calls import CompletionCall, Failed, Sampling
 from serving.replica import Replica
 from tests.serving_fixtures import publish
@@ -47,16 +45,15 @@ def main() -> None:
         home, base = Home(Path(scratch, "home")), make_llama(Path(scratch, "base"), hidden_size=256)
         model = str(publish(home, base, "one", seed=0, r=8, target_modules="all-linear").ref)
         port = free_port()
-        with local_ray() as started:
-            deploy_locally(started, base=str(base), home=str(home.root), host="127.0.0.1", port=port)
-            os.environ.update(started.environment)
-            ray.init(address=started.address, log_to_driver=False, _node_ip_address="127.0.0.1")
-            replica = Replica(base=str(base), home=str(home.root), max_rows=AT_ONCE)
-            try:
-                measured = asyncio.run(_measure(_ways(replica, port, model), repeats=args.repeats, requests=args.requests))
-            finally:
-                replica.stop()
-                ray.shutdown()
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        replica = Replica(base=str(base), home=str(home.root), max_rows=AT_ONCE)
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build(ServeArgs(base=str(base), home=str(home.root))), name="hone", route_prefix="/")
+            measured = asyncio.run(_measure(_ways(replica, port, model), repeats=args.repeats, requests=args.requests))
+        finally:
+            replica.stop()
+            ray.shutdown()
     figures = {name: summary(values) for name, values in measured.items()}
     print(save("ingress", unit="milliseconds of one request, or requests a second", figures=figures, notes={"at_once": AT_ONCE}))  # noqa: T201
     for name, figure in figures.items():

@@ -57,11 +57,12 @@ async def events_of(
     """What there is, a piece of each choice at most, until every row has ended; the first at once, and then after pauses.
 
     Raises:
-        RequestError: a row could not be finished.
+        RequestError: a row could not be finished; what it had said is told first.
     """
     sent_at = -math.inf
     while rows:
         events: list[Piece | Done] = []
+        failure: RequestError | None = None
         for choice, event in await told.fetch(not_before=sent_at + pause_s()):
             match event:
                 case TextPiece(text, scores, tokens):
@@ -77,10 +78,12 @@ async def events_of(
                     events.append(Done(choice, reason, tokens))
                     rows -= 1
                 case RequestError():
-                    raise event
+                    failure = event
         if events:
             yield _gathered(events)
             sent_at = time.monotonic()
+        if failure:
+            raise failure
 
 
 def joined_pieces(events: Sequence[Event]) -> list[Event]:

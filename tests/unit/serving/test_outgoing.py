@@ -51,7 +51,9 @@ def test_choices_end_one_after_another_and_each_says_all_that_it_had() -> None:
         assert await following(events) == [Piece(0, "ab", (), 1), Piece(1, "x", (), 1)]
         told.tell(loop, 1, Ended("length", 1))
         assert await following(events) == [Done(1, "length", 1)]
+        told.tell(loop, 0, text("c", 2))
         told.tell(loop, 0, RequestError("no more"))
+        assert await following(events) == [Piece(0, "c", (), 2)]
         with pytest.raises(RequestError, match="no more"):
             await following(events)
 
