@@ -28,7 +28,10 @@ ABANDONED_S = 1800.0
 def swap_of(job: Job, worker: Worker) -> Swap | None:
     """What this worker keeps on NVMe; None where all is in memory."""
     folder = _swap_folder(job, worker)
-    return Swap(folder, largest_shard=-(-_largest(job) // worker.world_size)) if folder else None
+    if folder is None:
+        return None
+    largest = _largest(job) if job.recipe.zero.offload_param == "nvme" else 0
+    return Swap(folder, largest_shard=-(-largest // worker.world_size))
 
 
 def _largest(job: Job) -> int:

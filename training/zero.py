@@ -33,7 +33,7 @@ class Swap:
 
     folder: Path
     largest_shard: int
-    """Elements: a buffer has room for any rank's part of any parameter."""
+    """Elements: where weights are there, a buffer has room for any rank's part of any parameter. Else 0."""
 
 
 def deepspeed_config(recipe: Recipe, *, dtype: torch.dtype, use_gpu: bool = False, swap: Swap | None = None) -> dict[str, Any]:
