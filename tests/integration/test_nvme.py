@@ -43,7 +43,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(base: Path, rows: Path, nvme: Path | None, *, method: str, moved: tuple[str, ...] = ()) -> Recipe:
     zero = {**dict.fromkeys(moved, "nvme"), "nvme_path": str(nvme), "sub_group_size": AT_ONCE} if nvme else {}
     train = {"save_steps": 100, "eval_steps": 5}
-    return recipe(base, rows, task="chat", method={"type": method}, stage=3, zero=zero, train=train, optim={"learning_rate": LEARNING_RATE[method]})
+    return recipe(
+        base, rows, task="chat", method={"type": method}, stage=3, zero=zero, train=train, optim={"learning_rate": LEARNING_RATE[method]}
+    )
 
 
 def losses(job: Job) -> list[float]:
