@@ -67,7 +67,7 @@ test-heavy: install  ## Runs killed twenty times, nodes, hosts and heads that di
 		tests/integration/test_placement.py tests/integration/test_sequence_parallel.py tests/integration/test_head.py \
 		tests/integration/test_clock.py tests/integration/test_nvme.py tests/integration/test_soak.py --timeout 3000
 
-bench: install  ## Measure step time, new versions, cold adapters, the start, memory against the plan, accuracy, and the engine
+bench: install  ## Measure step time, new versions, cold adapters, the start, memory against the plan, accuracy, the engine and the server
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.new_version
 	$(BIN)/python -m benchmarks.adapters

@@ -32,6 +32,7 @@ from cluster.connect import local_ray
 from cluster.deploy import deploy_locally
 from hone.ports import free_port
 from hone.storage import Home
+from tests.processes import end
 from tests.serving_fixtures import publish_many
 from tests.tiny import make_llama
 
@@ -132,12 +133,7 @@ def _transformers(base: Path, log: Path, *options: str) -> Iterator[Server]:
         _await(f"http://127.0.0.1:{port}/health", process, log)
         yield Server(f"http://127.0.0.1:{port}/v1", [str(base)], {})
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process)
 
 
 def _await(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

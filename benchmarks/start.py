@@ -21,6 +21,7 @@ import yaml
 
 from benchmarks.harness import interleave, ratios, save, summary
 from hone.run_folder import read_events
+from tests.processes import end
 from tests.tiny import make_llama
 
 GIVEN_UP_S = 300
@@ -92,12 +93,7 @@ def _timed(argv: list[str], folder: Path, compiled: Path | None, is_there: Calla
             time.sleep(0.01)
         return time.perf_counter() - began
     finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, asked_by=signal.SIGINT, within_s=60)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def _gathered(events: Sequence[Piece | Done]) -> list[Event]:
                 last[event.choice] = run = []
                 runs.append(run)
             run.append(event)
-    return [*map(_one, runs), *ends]
+    return [*(run[0] if len(run) == 1 else _one(run) for run in runs), *ends]
 
 
 def _begins_call(piece: Piece) -> bool:
@@ -116,5 +116,5 @@ def _begins_call(piece: Piece) -> bool:
 
 def _one(pieces: Sequence[Piece]) -> Piece:
     scores = tuple(score for piece in pieces for score in piece.scores)
-    calls = joined([call for piece in pieces for call in piece.calls]) if len(pieces) > 1 else pieces[0].calls
+    calls = joined([call for piece in pieces for call in piece.calls])
     return Piece(pieces[0].choice, "".join(piece.text for piece in pieces), scores, pieces[-1].tokens, tuple(calls))

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.processes import end
+
 HERE = "10.77.0.1"
 """The address of this process on their network."""
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -50,7 +52,7 @@ class Hosts:
 
     def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         for node in [*self._nodes.values(), *([self._head] if self._head else [])]:
-            _end(node)
+            end(node)  # `ray start --block` ends its node when it is asked to end
         for space in self._spaces:
             for pid in _ip("netns", "pids", space).split():
                 _kill(int(pid))
@@ -114,16 +116,6 @@ def _ray(*arguments: str) -> None:
 
 def _ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """`ray start --block` ends its node when it is asked to end."""
-    process.terminate()
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _kill(pid: int) -> None:

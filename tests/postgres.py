@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes import end
+
 NUMBERS = count(1)
 
 
@@ -59,12 +61,7 @@ def running_postgres() -> Iterator[Postgres]:
         yield Postgres(folder)
     finally:
         if server is not None:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            end(server, within_s=20)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,7 +9,8 @@ import pytest
 from serving.calls import Done, Event, Piece
 from serving.engine.row import Ended, TextPiece
 from serving.errors import RequestError
-from serving.outgoing import Told, events_of
+from serving.outgoing import Told, events_of, joined_pieces
+from serving.tool_stream import CallPiece
 
 FOREVER = 3600.0
 SOON = 30.0
@@ -58,6 +59,14 @@ def test_choices_end_one_after_another_and_each_says_all_that_it_had() -> None:
             await following(events)
 
     asyncio.run(run())
+
+
+def test_a_whole_answer_has_each_call_once_also_where_all_of_it_came_at_once() -> None:
+    begun, more = CallPiece(0, "id", "weather", ""), CallPiece(0, None, None, '{"city": "Bern"}')
+    assert joined_pieces([Piece(0, "", (), 9, (begun, more)), Done(0, "tool_calls", 9)]) == [
+        Piece(0, "", (), 9, (CallPiece(0, "id", "weather", '{"city": "Bern"}'),)),
+        Done(0, "tool_calls", 9),
+    ]
 
 
 def test_nothing_is_lost_that_other_threads_say_at_any_time() -> None:
