@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import ray
 from fastapi import FastAPI
+from grpc.aio import AioRpcError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.exceptions import RayActorError
@@ -209,7 +210,9 @@ class ServeBackend:
     def __init__(self, handle: DeploymentHandle, *, may_sleep: bool) -> None:
         """`may_sleep` says that there may be no replica, and that to ask for its health is no reason for one."""
         self._handle, self._may_sleep = handle, may_sleep
-        self._streaming = handle.options(stream=True)
+        # Past Ray's object store, which took more computing than the rest of a message's way (docs/decisions/0022). Not for whole answers:
+        # Serve takes those for queued until they are there.
+        self._streaming = handle.options(stream=True, _by_reference=False, request_serialization="pickle", response_serialization="pickle")
         self._description: BaseDescription | None = None
 
     async def describe(self) -> BaseDescription:
@@ -269,7 +272,7 @@ def _serves_errors() -> Iterator[None]:
         yield
     except BackPressureError as error:
         raise BusyError(f"the server has all the requests that it holds; try again shortly ({error.message})") from None
-    except RayActorError:
+    except (RayActorError, AioRpcError):
         raise UnavailableError("the replica that had this request is gone; send it again", None, "replica_lost") from None
     except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
         raise UnavailableError(f"no replica can answer right now ({error.message}); try again shortly") from None

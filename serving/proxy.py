@@ -12,7 +12,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import SOON_S, UnavailableError, error_body
 
-IMPORT_PATH = "serving.proxy.middlewares"
 CODES = {404: "not_found", 408: "request_timeout", 429: "server_busy", 503: "server_unavailable"}
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from serving.engine.product import linear
 from serving.errors import EngineError
 
 
@@ -114,7 +115,7 @@ class MixedLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x)
+        out = linear(self.base, x)
         plan = self._mixer.plan
         if plan is None:
             return out

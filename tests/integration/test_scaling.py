@@ -18,11 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from transformers import AutoTokenizer
 
+from cluster.connect import SERVE_PROXIES
 from hone.chat import encode_prompt, end_of_turn_ids, ensure_template
 from hone.ports import free_port
 from hone.storage import Home
 from serving.app import ServeArgs, build
-from serving.proxy import IMPORT_PATH
 from tests.integration.test_serving_http import USER, Server, until
 from tests.serving_fixtures import greedy_alone, publish, reload_peft
 
@@ -37,7 +37,8 @@ def adapters_published(home: Home, base: Path) -> Iterator[Server]:
     for n, name in enumerate(ADAPTERS):
         publish(home, base, name.split("@", maxsplit=1)[0], seed=n, r=4, target_modules="all-linear")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
+        for name, value in SERVE_PROXIES.items():
+            patch.setenv(name, value)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield Server(home, base, port)
     serve.shutdown()

@@ -16,13 +16,13 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from cluster.connect import SERVE_PROXIES
 from hone.keys import Keys
 from hone.ports import free_port
 from hone.registry import Registry
 from hone.storage import Home
 from hone.usage import Usage, Used
 from serving.app import ServeArgs, build
-from serving.proxy import IMPORT_PATH
 from tests.serving_fixtures import greedy_alone, publish, reload_peft
 
 USER: Any = [{"role": "user", "content": "hello there, why does it rain?"}]
@@ -119,7 +119,8 @@ def served(
 def openai_errors() -> Iterator[None]:
     """What `hone serve` sets for Serve's proxies, before there is a Ray."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
+        for name, value in SERVE_PROXIES.items():
+            patch.setenv(name, value)
         yield
 
 
@@ -316,7 +317,7 @@ def test_usage_and_metrics_of_a_running_server_agree(served: dict[str, Server]) 
     bot = holder(root, "metered")
     answers = [bot.chat(name, max_tokens=7) for name in ("narrow", "wide", "wide")]
     with bot.client.chat.completions.create(model="wide", messages=USER, max_tokens=180, temperature=1, stream=True) as stream:
-        next(iter(stream))
+        next(chunk for chunk in stream if chunk.choices[0].delta.content)  # the first of all says only that there will be an answer
     assert until(lambda: root.status()["running"] == 0)
     status, headers, text = root.http("GET", "/metrics")
     assert (status, headers["content-type"].partition(";")[0]) == (200, "text/plain")

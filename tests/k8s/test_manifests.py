@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.connect import SERVE_PROXIES
 from hone.recipe import Recipe, load_recipe
 
 REPO = Path(__file__).parents[2]
@@ -223,6 +224,12 @@ def test_every_ray_pod_shares_one_home(rendered: list[Object]) -> None:
     for template in (t for cluster in clusters(rendered).values() for t in templates(cluster)):
         assert volume(template, "/hone")["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         assert {"name": "HONE_HOME", "value": "/hone"} in template["spec"]["containers"][0]["env"]
+
+
+def test_every_ray_pod_sets_serves_proxies(rendered: list[Object]) -> None:
+    for template in (t for cluster in clusters(rendered).values() for t in templates(cluster)):
+        env = {variable["name"]: variable.get("value") for variable in template["spec"]["containers"][0]["env"]}
+        assert env.items() >= SERVE_PROXIES.items()
 
 
 def test_one_image_entry_changes_every_container(tmp_path: Path) -> None:
