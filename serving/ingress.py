@@ -255,25 +255,29 @@ def _whole(events: list[Event], shape: Shape) -> JSONResponse:
 
 
 async def _stream(events: AsyncIterator[list[Event]], started: Started, shape: Shape, choices: int) -> AsyncIterator[str]:
-    """Server-sent events; an error after the headers is an `error` event, which OpenAI's client raises."""
+    """Server-sent events, those that are ready at once as one piece of text, for each is a message on its way to the client; an error after
+    the headers is an `error` event, which OpenAI's client raises."""
     envelope = _envelope(shape, started, shape.chunk_object) | ({"usage": None} if shape.with_usage else {})
-    made = 0
-    for opening in filter(None, map(shape.opening, range(choices))):
-        yield _sse({**envelope, "choices": [opening]})
+    made, left = 0, choices
+    text = "".join(_sse({**envelope, "choices": [opening]}) for opening in filter(None, map(shape.opening, range(choices))))
+    if text:
+        yield text
     async for ready in events:
+        text = ""
         for event in ready:
             match event:
                 case Piece():
-                    yield _sse({**envelope, "choices": [shape.delta(event)]})
+                    text += _sse({**envelope, "choices": [shape.delta(event)]})
                 case Done(choice, reason, tokens):
-                    made += tokens
-                    yield _sse({**envelope, "choices": [shape.closing(choice, reason)]})
+                    made, left = made + tokens, left - 1
+                    text += _sse({**envelope, "choices": [shape.closing(choice, reason)]})
                 case Failed(error):
-                    yield _sse(error.body)
+                    yield text + _sse(error.body)
                     return
-    if shape.with_usage:
-        yield _sse({**envelope, "choices": [], "usage": _usage(started, made)})
-    yield "data: [DONE]\n\n"
+        if not left:
+            text += _sse({**envelope, "choices": [], "usage": _usage(started, made)}) if shape.with_usage else ""
+            text += "data: [DONE]\n\n"
+        yield text
 
 
 def _envelope(shape: Shape, started: Started, kind: str) -> dict[str, Any]:
