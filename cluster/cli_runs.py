@@ -160,6 +160,8 @@ def _say_proof(run_id: str, proof: dict[str, Any]) -> None:
     again = (
         f"; {proof['repeated']} steps were done again, with losses that differ by {proof['worst']:.0e} at most" if proof["repeated"] else ""
     )
+    if proof["drift"]:
+        again += f" in the first after a checkpoint, and by {proof['drift']:.0e} later, as rounding grows"
     if not proof["steps"]:
         notes().print(f"{run_id}: no step is in the ledger", markup=False)
     elif proof["wrong"]:

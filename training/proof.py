@@ -1,8 +1,8 @@
 """`python -m training.proof RUN`: proof, from the ledger, that a run learnt from every row of every step once.
 
 What counts of an attempt are the steps up to where the next one began. For each of them the rows of all ranks together must be exactly
-those that the recipe's seed puts there; ranks that share sequences must have had the same ones, which count once. Steps that were done
-twice must have had the same loss both times.
+those that the recipe's seed puts there; ranks that share sequences must have had the same ones, which count once. The first steps that
+were done again must have had the same loss both times.
 """
 
 import argparse
@@ -23,6 +23,9 @@ from training.ledger import Line, lines
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """By how much the loss of a step that was done again may differ, as a share of it: sums are made in another order."""
+FIRST_STEPS = 10
+"""That are done again after a checkpoint, whose losses must be the same. Later ones drift apart in an honest run too: the difference that
+another number of workers makes in the last bits grows with every step, once from 1e-7 to 0.3 within 370 of them."""
 
 
 @dataclass
@@ -39,7 +42,9 @@ class Proof:
     last_loss: float = math.nan
     """Of the last of these steps."""
     worst: float = 0.0
-    """The greatest difference between the losses of a step that was done again, as a share of it."""
+    """The greatest difference between the losses of one of the first steps that were done again, as a share of it."""
+    drift: float = 0.0
+    """Likewise of the steps after these, which proves nothing."""
     wrong: list[str] = field(default_factory=list)
     """What speaks against it."""
 
@@ -72,7 +77,7 @@ def prove(folder: Path, plan: BatchPlan, recipe: Recipe, *, up_to: int | None = 
     proof, done = Proof(attempts=attempts(folder)), dict[int, _Done]()
     for attempt in proof.attempts:
         again = {step: _Done(attempt, ranks) for step, ranks in lines(folder, attempt).items()}
-        _compare(proof, done, again)
+        _compare(proof, done, again, first=attempt.step + 1)
         done = {step: each for step, each in done.items() if step <= attempt.step}
         if max(done, default=0) < attempt.step:
             proof.wrong.append(f"attempt {attempt.number} began after step {attempt.step}, and {max(done, default=0)} were done before it")
@@ -99,11 +104,15 @@ def prove_steps(job: Job, step: int, *, loss: float) -> list[str]:
     return proof.wrong
 
 
-def _compare(proof: Proof, before: dict[int, _Done], again: dict[int, _Done]) -> None:
+def _compare(proof: Proof, before: dict[int, _Done], again: dict[int, _Done], *, first: int) -> None:
     for step in before.keys() & again.keys():
-        first, second = before[step].loss, again[step].loss
+        one, other = before[step].loss, again[step].loss
+        difference = abs(one - other) / max(abs(one), 1e-3)
         proof.repeated += 1
-        proof.worst = max(proof.worst, abs(first - second) / max(abs(first), 1e-3))
+        if step < first + FIRST_STEPS:
+            proof.worst = max(proof.worst, difference)
+        else:
+            proof.drift = max(proof.drift, difference)
 
 
 def _wrong_with(step: int, done: _Done | None, plan: BatchPlan) -> list[str]:

@@ -11,7 +11,7 @@ from hone.recipe import Recipe, parse_recipe
 from hone.run_folder import LEDGER_FOLDER, attempts
 from training.batches import BatchPlan, Mixed
 from training.ledger import Ledger, SupersededError, begin_attempt, lines
-from training.proof import Proof, prove
+from training.proof import FIRST_STEPS, Proof, prove
 
 PLAN = BatchPlan(sources=(Mixed(50, 50),), global_batch_size=8, epochs=3, max_steps=None, seed=4)
 
@@ -86,6 +86,17 @@ def test_another_loss_the_second_time_is_found(tmp_path: Path, recipe: Recipe) -
     do(tmp_path, after=5, steps=range(6, 9), workers=2, loss=lambda step: loss_of(step) * 1.01)
     assert proof_of(tmp_path, recipe).worst == pytest.approx(0.01)
     assert "had another loss" in proof_of(tmp_path, recipe).wrong[0]
+
+
+def test_losses_that_part_long_after_the_checkpoint_prove_nothing(tmp_path: Path, recipe: Recipe) -> None:
+    def drifting(step: int) -> float:
+        return loss_of(step) * (1 if step <= 3 + FIRST_STEPS else 1.3)
+
+    do(tmp_path, after=0, steps=range(1, PLAN.total_steps + 1), workers=2)
+    do(tmp_path, after=3, steps=range(4, PLAN.total_steps + 1), workers=1, loss=drifting)
+    proof = proof_of(tmp_path, recipe)
+    assert (proof.wrong, proof.worst, proof.steps) == ([], 0.0, PLAN.total_steps)
+    assert proof.drift == pytest.approx(0.3)
 
 
 def test_ranks_that_do_not_agree_are_found(tmp_path: Path, recipe: Recipe) -> None:
