@@ -9,7 +9,7 @@ ROOMS := hone models training serving cluster
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install s3-server demo test lint format types imports test-unit test-integration test-matrix test-heavy k8s-check bench bench-methods bench-tables docs clean
+.PHONY: help install s3-server demo test lint format types imports test-unit test-integration test-matrix test-heavy k8s-check bench bench-methods bench-gpu bench-tables docs clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ bench-methods: install  ## Measure every method on one data set, forgetting with
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.forgetting
 	$(BIN)/python -m benchmarks.transfer
+
+bench-gpu: install  ## On a GPU: tokens a second, utilisation and memory of LoRA and full fine-tuning at 1B and 8B, beside TRL
+	$(BIN)/python -m benchmarks.gpu
 
 bench-tables: install  ## Write the figures of benchmarks/results into README.md
 	$(BIN)/python -m benchmarks.tables

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,17 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30),
         "gpu": _gpu_name(),
         "python": platform.python_version(),
-        **{library: version(library) for library in LIBRARIES},
+        **{library: _version(library) for library in LIBRARIES},
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
     }
+
+
+def _version(library: str) -> str | None:
+    """None where it is not installed: not every benchmark needs every one."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

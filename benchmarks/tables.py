@@ -38,6 +38,7 @@ def tables() -> str:
     """Every result that there is, as Markdown."""
     makers = {
         "step_time": _step_time,
+        "gpu": _gpu,
         "packing": _packing,
         "preparing": _preparing,
         "preparing_memory": _preparing_memory,
@@ -67,6 +68,22 @@ def _step_time(result: dict[str, Any]) -> str:
     ]
     header = ["| workers | Ray Train | torchrun | ratio, median (spread) |", "| --- | --- | --- | --- |"]
     return "\n".join(["**Step time under Ray Train against the same loop under torchrun**", "", *header, *rows, "", _footer(result)])
+
+
+def _gpu(result: dict[str, Any]) -> str:
+    rows = []
+    for shape, figures in result["figures"].items():
+        for name, figure in figures.items():
+            if "failed" in figure:
+                rows.append(f"| {shape.upper()} | {name} | {figure['failed']} | | |")
+            elif "mfu" in figure:
+                rate, mfu = figure["tokens_a_second"]["median"], figure["mfu"]["median"]
+                rows.append(f"| {shape.upper()} | {name} | {rate:,.0f} | {mfu:.1%} | {figure['peak_gib']:.1f} GiB |")
+            else:
+                rows.append(f"| {shape.upper()} | {name} | {_spread(figure)} times | | |")
+    header = ["| shape | run | tokens a second | MFU | peak memory |", "| --- | --- | --- | --- | --- |"]
+    title = f"**Llama in bf16 on rows of {result['notes']['row_tokens']:,} tokens, {result['environment']['gpu']}**"
+    return "\n".join([title, "", *header, *rows, "", _footer(result)])
 
 
 def _packing(result: dict[str, Any]) -> str:
