@@ -1,11 +1,9 @@
 """`python -m training RECIPE [KEY=VALUE ...]`: what a Ray Job runs, and what `hone train` and `hone tune` run."""
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,12 +77,6 @@ def _run(recipe: Recipe, home: Home, run_id: str, args: argparse.Namespace, cons
         job = prepare_job(recipe, home=home, run_id=run_id, folder=folder, watch=watch)
     _say_what_was_prepared(job.data, console)
     return _finish(job, _fit(job, console), home=home, began=began, console=console, **lineage)
-
-
-def _import_libraries() -> None:
-    """What takes seconds, while Ray starts, and once the recipe is known to be sound."""
-    with contextlib.suppress(Exception):  # whoever needs it imports it too, and says what is wrong
-        import transformers.modeling_utils  # noqa: F401
 
 
 def _resume(home: Home, run_id: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -175,7 +167,6 @@ def _ray(address: str | None, *, has_trials: bool) -> Iterator[str]:
     options = _own_ray(has_trials=has_trials) if address == "local" else {}
     import ray
 
-    threading.Thread(target=_import_libraries).start()  # after Ray's: two threads that import the same may get half of it
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
