@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(recipe: Recipe, home: Home, run_id: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train, search or cross-validate, check, publish, and leave result.json in the run folder."""
     began = time.monotonic()
-    # Heavy: torch and transformers.
+    # Heavy: torch and transformers. Imported once the recipe is known to be sound.
     from training.folds import cross_validate, say
     from training.launch import prepare_job
     from training.progress import DataProgress
