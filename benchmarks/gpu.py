@@ -16,13 +16,14 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
 
 from benchmarks.harness import save, summary
+from benchmarks.here import alone
 from benchmarks.shapes import SHAPES, Method, forward_flops, lora_parameters, training_flops
-from hone.ports import free_port
 from hone.recipe import Recipe, parse_recipe
 from hone.storage import Home
 
@@ -38,7 +39,7 @@ RECOMPUTES = {"1b": False, "8b": True, "tiny": False}
 OFFLOADS = {("8b", "full")}
 """Whose optimiser's state is in the machine's memory: 12 bytes for each of 8 billion parameters."""
 LEARNING_RATE = 1e-5
-LORA = {"type": "lora", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
+LORA: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
 Result = dict[str, Any]
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--row", type=int, default=ROW)
     parser.add_argument("--tflops", type=float, help="the GPU's peak in bf16, where training/plan/hardware.yaml does not know it")
     parser.add_argument(
-        "--scratch", type=Path, help="folder with room for the models, 2 bytes a parameter and as much again for what is trained"
+        "--scratch", type=Path, help="folder for the models and what is trained: 2 bytes a parameter, and as much again for what is trained"
     )
     parser.add_argument("--without-gpu", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--be", choices=WHOSE, help=argparse.SUPPRESS)
@@ -66,7 +67,7 @@ def main() -> None:
     for shape in args.shapes:
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             figures[shape] = _of_shape(shape, Path(scratch), args, peak=peak)
-    flops = {shape: _flops_written_out(shape, args.row) for shape in args.shapes}
+    flops = {shape: _operations(shape, args.row) for shape in args.shapes}
     notes = {"row_tokens": args.row, "rank": RANK, "steps": STEPS, "warm_up": WARM_UP, "peak_tflops": peak, "flops_a_token": flops}
     path = "nothing is written: no GPU was measured"
     if not args.without_gpu:
@@ -80,7 +81,7 @@ def main() -> None:
 def _of_shape(shape: str, scratch: Path, args: argparse.Namespace, *, peak: float) -> dict[str, Any]:
     base = scratch / "base"
     _make_base(base, shape, args.row, on_gpu=not args.without_gpu)
-    rows = _write_rows(scratch / "rows.jsonl", count=max(MICRO_BATCH[shape].values()) * STEPS, row=args.row)
+    rows = _write_rows(scratch / "rows.jsonl", base, count=max(MICRO_BATCH[shape].values()) * STEPS, row=args.row)
     recipes = {method: _recipe(base, rows, shape, method, args.row, on_gpu=not args.without_gpu) for method in METHODS}
     runs = {f"{whose}, {method}": partial(_run, whose, scratch, recipes[method]) for method in METHODS for whose in WHOSE}
     results: dict[str, list[Result]] = {name: [] for name in runs}
@@ -127,7 +128,7 @@ def _said(figure: dict[str, Any]) -> str:
     return f"{figure['tokens_a_second']['median']:,.0f} tokens/s, MFU {figure['mfu']['median']:.1%}, peak {figure['peak_gib']:.1f} GiB"
 
 
-def _flops_written_out(shape: str, row: int) -> dict[str, float]:
+def _operations(shape: str, row: int) -> dict[str, int]:
     linear, attention = forward_flops(SHAPES[shape], row=row)
     counted = {
         "forward, linear layers": linear,
@@ -155,7 +156,9 @@ def _make_base(folder: Path, shape: str, row: int, *, on_gpu: bool) -> None:
     from training.sample import byte_level_tokenizer
 
     vocabulary = SHAPES[shape].vocabulary
-    tokenizer = byte_level_tokenizer([" ".join(_words())], vocab_size=min(vocabulary, 512), special_tokens=["<|endoftext|>"])
+    tokenizer = byte_level_tokenizer(
+        [f" {letter}" for letter in ascii_lowercase], vocab_size=min(vocabulary, 512), special_tokens=["<|endoftext|>"]
+    )
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
@@ -164,15 +167,16 @@ def _make_base(folder: Path, shape: str, row: int, *, on_gpu: bool) -> None:
     model.save_pretrained(folder)
 
 
-def _words() -> list[str]:
-    return [f"{first}{vowel}{last}" for first in "bcdfghklmn" for vowel in "aeiou" for last in "lmnrst"]
+def _write_rows(path: Path, base: Path, *, count: int, row: int) -> Path:
+    """Texts of letters, each of which is a token, and as many as fill a row with the token that ends them."""
+    from models.tasks import TASKS
 
-
-def _write_rows(path: Path, *, count: int, row: int) -> Path:
-    """Texts that are cut into at least so many rows."""
-    words = _words()
-    draws = torch.randint(len(words), (count, 2 * row), generator=torch.Generator().manual_seed(0)).tolist()
-    path.write_text("\n".join(json.dumps({"text": " ".join(words[n] for n in line)}) for line in draws) + "\n")
+    draws = torch.randint(len(ascii_lowercase), (count, row - 1), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [{"text": " ".join(ascii_lowercase[n] for n in line)} for line in draws]
+    task = TASKS["completion"]
+    encoded = task.encode(texts, task.load_processor(base), max_length=2 * row)
+    assert all(not isinstance(made, Exception) and [each.length for each in made] == [row] for made in encoded), "every letter is a token"
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
     return path
 
 
@@ -184,7 +188,7 @@ def _recipe(base: Path, rows: Path, shape: str, method: Method, row: int, *, on_
             "task": "completion",
             "base": str(base),
             "data": {"train": str(rows), "validation_fraction": 0, "max_length": row, "near_duplicate_rows": 0},
-            "method": LORA if method == "lora" else {"type": "full"},
+            "method": {"type": method, **(LORA if method == "lora" else {})},
             "optim": {"learning_rate": LEARNING_RATE, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "weight_decay": 0.0},
             "train": {
                 "max_steps": STEPS,
@@ -203,14 +207,13 @@ def _recipe(base: Path, rows: Path, shape: str, method: Method, row: int, *, on_
 
 
 def _run(whose: str, scratch: Path, recipe: Recipe) -> Result:
-    """One training in a process of its own."""
-    folder = scratch / f"{whose}-{recipe.name}-{time.time_ns()}"
-    folder.mkdir()
-    (folder / "recipe.json").write_text(recipe.model_dump_json())
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = {**os.environ, **alone, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--be", whose, "--folder", str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    """One training in a process of its own, of which nothing is left on the disk."""
+    # A worker of a group of one is what hone's loop is; TRL in one would wrap the model for a group, which nobody does on one GPU.
+    environment = alone() if whose == "hone" else {**os.environ, "TQDM_DISABLE": "1"}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        Path(folder, "recipe.json").write_text(recipe.model_dump_json())
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--be", whose, "--folder", folder]
+        done = subprocess.run(command, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         return {"failed": next((line for line in reversed(told) if "out of memory" in line), told[-1])[:300]}
@@ -232,6 +235,7 @@ def _hone(folder: Path) -> Result:
     job = prepare_job(recipe, home=Home(folder / "home"), run_id="run", plan=lambda _: (on_gpu, each))
     train(Job.load(job.folder), TorchrunWorker())
     steps = [line for line in read_metrics(job.folder) if "step_s" in line][WARM_UP:]
+    assert {line["tokens"] for line in steps} == {recipe.train.global_batch_size * recipe.data.max_length}, "every row is full"
     return {
         "tokens_a_second": sum(line["tokens"] for line in steps) / sum(line["step_s"] for line in steps),
         "loss": statistics.mean(line["loss"] for line in steps),
@@ -251,7 +255,8 @@ def _trl(folder: Path) -> Result:
     assert isinstance(batch, int), "the recipe says how many"
     tokenizer = AutoTokenizer.from_pretrained(recipe.base)
     texts = [json.loads(line)["text"] for line in Path(str(recipe.data.train)).read_text().splitlines()]
-    ids = [tokenizer(text)["input_ids"][:row] for text in texts]
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    assert all(len(each) == row for each in ids), "every letter is a token"
     times: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -280,9 +285,7 @@ def _trl(folder: Path) -> Result:
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_dict({"input_ids": ids}),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-        if recipe.method.type == "lora"
-        else None,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if recipe.method.type == "lora" else None,
         processing_class=tokenizer,
         callbacks=[Clock()],
     )

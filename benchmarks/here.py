@@ -39,11 +39,15 @@ def run_here(recipe: Recipe, *, home: Home, name: str) -> Ran:
     return Ran(job, final_metrics(job.folder), lines, sum(line.get("step_s", 0.0) for line in lines), peak)
 
 
+def alone() -> dict[str, str]:
+    """The environment of a process that is the only worker of its training, as torchrun would make it."""
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {**os.environ, **group, "TQDM_DISABLE": "1"}
+
+
 def _train(folder: Path) -> float:
     """MiB of resident memory, at most."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    environment = {**os.environ, **alone, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)} | alone()
     log = folder / "worker.log"
     with log.open("wb") as out:
         worker = subprocess.Popen(

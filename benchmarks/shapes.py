@@ -46,7 +46,7 @@ SHAPES = {
 """Of Llama 3.2 1B and Llama 3.1 8B (the latter's are in table 3 of https://arxiv.org/abs/2407.21783), and one to try the benchmark with."""
 
 
-def forward_flops(shape: Shape, *, row: int) -> tuple[float, float]:
+def forward_flops(shape: Shape, *, row: int) -> tuple[int, int]:
     """Of one token, on average over a row of so many: of the linear layers with the head, and of attention.
 
     A multiplication and an addition are two. The linear layers of a layer are queries and answers (hidden x hidden each), keys and values
@@ -56,8 +56,8 @@ def forward_flops(shape: Shape, *, row: int) -> tuple[float, float]:
     width = shape.heads * shape.head_dim
     narrow = shape.key_value_heads * shape.head_dim
     layer = 2 * shape.hidden * width + 2 * shape.hidden * narrow + 3 * shape.hidden * shape.intermediate
-    linear = 2.0 * (shape.layers * layer + shape.hidden * shape.vocabulary)
-    attention = 2.0 * 2 * width * (row + 1) / 2 * shape.layers
+    linear = 2 * (shape.layers * layer + shape.hidden * shape.vocabulary)
+    attention = 2 * width * (row + 1) * shape.layers
     return linear, attention
 
 
@@ -68,7 +68,7 @@ def lora_parameters(shape: Shape, *, rank: int) -> int:
     return shape.layers * rank * sides
 
 
-def training_flops(shape: Shape, method: Method, *, row: int, rank: int) -> float:
+def training_flops(shape: Shape, method: Method, *, row: int, rank: int) -> int:
     """Of one token, forward and backward, as model FLOPs utilisation counts them (https://arxiv.org/abs/2204.02311, appendix B): what is
     computed a second time under gradient checkpointing does not count.
 
