@@ -3,7 +3,8 @@
 A random Llama (6 layers, hidden 256), prompts of 16 to 128 tokens, 64 new tokens, greedy, streamed; the arrivals are a Poisson process, the
 same for every server. `heavy` sends more than any of them can take: tokens a second until the last answer is there. `light` sends what
 all can take: seconds to the first token. `transformers serve` has no adapters, so it answers with the base, which is the easier work; it is
-measured as it is by default and with its continuous batching. All servers stay up and take turns; clients share their cores.
+measured as it is by default and with its continuous batching. All servers stay up and take turns; clients share their cores. Every round
+has prompts of its own, the same for every server, so that none is known from before.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +82,14 @@ def main() -> None:
             "transformers, continuous": stack.enter_context(_transformers(base, Path(scratch, "batching.log"), "--continuous-batching")),
         }
         for server in servers.values():  # the first answers also compile and allocate
-            _ask(server, Load(4, 4.0))
-        rates = interleave({name: partial(_tokens_a_second, server, heavy) for name, server in servers.items()}, repeats=args.repeats)
+            _ask(server, Load(16, 8.0), "before")
+        rates = interleave(
+            {name: partial(_tokens_a_second, server, heavy, count()) for name, server in servers.items()}, repeats=args.repeats
+        )
         firsts: dict[str, list[float]] = {name: [] for name in servers}
-        for _ in range(args.repeats):
+        for round_number in range(args.repeats):
             for name, server in servers.items():
-                firsts[name] += [answer.first for answer in _ask(server, light)]
+                firsts[name] += [answer.first for answer in _ask(server, light, f"light {round_number}")]
                 print(f"{name}: {_quantiles(firsts[name])}", flush=True)  # noqa: T201
     figures = {
         "heavy (tokens a second)": {name: summary(values) for name, values in rates.items()},
@@ -156,18 +160,18 @@ class Answer:
     tokens: int
 
 
-def _tokens_a_second(server: Server, load: Load) -> float:
+def _tokens_a_second(server: Server, load: Load, rounds: Iterator[int]) -> float:
     began = time.perf_counter()
-    answers = _ask(server, load)
+    answers = _ask(server, load, f"heavy {next(rounds)}")
     return sum(answer.tokens for answer in answers) / (time.perf_counter() - began)
 
 
-def _ask(server: Server, load: Load) -> list[Answer]:
-    return asyncio.run(_ask_all(server, load))
+def _ask(server: Server, load: Load, seed: str) -> list[Answer]:
+    return asyncio.run(_ask_all(server, load, seed))
 
 
-async def _ask_all(server: Server, load: Load) -> list[Answer]:
-    drawn = random.Random(0)
+async def _ask_all(server: Server, load: Load, seed: str) -> list[Answer]:
+    drawn = random.Random(seed)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=GIVEN_UP_S, limits=limits) as client:
         waiting = []

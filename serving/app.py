@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from hone.recipe.serving import EngineName, VllmSettings
 from hone.registry import Registry
@@ -75,7 +76,8 @@ class ServeArgs(BaseModel):
     vllm: VllmSettings = VllmSettings()
     """What vLLM is told, where it is the engine."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Answers that one replica makes at once; more wait their turn. By default 16 by the slot engine, and 256 by vLLM."""
+    """Answers that one replica makes at once; more wait their turn. By default 32 by the slot engine, down to 16 where more would not all
+    have the whole context, and 256 by vLLM."""
     max_context: int | None = Field(default=None, ge=8)
     """Tokens of prompt and answer together; by default as many as the base and the memory allow."""
     max_adapters: int = Field(default=64, ge=1)
@@ -126,6 +128,7 @@ def build(args: ServeArgs) -> serve.Application:
         # again whether there is room, which took half a core (docs/decisions/0022).
         max_ongoing_requests=rows + args.max_queued,
         max_queued_requests=args.max_queued,
+        logging_config=LoggingConfig(enable_access_log=False),  # it writes a line of its own, and the ingress has the route's
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": _gpus(args)},
         health_check_period_s=5,
     )
@@ -135,7 +138,7 @@ def build(args: ServeArgs) -> serve.Application:
         revision=args.revision,
         engine=args.engine,
         vllm=args.vllm,
-        max_rows=rows,
+        max_rows=args.max_rows,
         max_context=args.max_context,
         max_adapters=args.max_adapters,
         max_copies=args.max_copies,

@@ -22,7 +22,7 @@ from models.tasks.task import ProblemType
 from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
 from serving.engine.alone import Alone
 from serving.engine.cache import bytes_per_token
-from serving.engine.capability import context_of, probe
+from serving.engine.capability import MOST_ROWS, probe, room_of
 from serving.engine.classifier import Asked, Classification
 from serving.engine.decoder import Decoder
 from serving.engine.generation import PREFILL_TOKENS, Generation
@@ -219,7 +219,7 @@ def load_engine(
     base: BaseModel,
     *,
     published: AdapterManifest | None = None,
-    max_rows: int,
+    max_rows: int | None,
     max_context: int | None,
     prefill_tokens: int = PREFILL_TOKENS,
     prefix_tokens: int | None = None,
@@ -229,7 +229,7 @@ def load_engine(
     Args:
         base: Where it is.
         published: What it was published as, where it is a whole model of the registry.
-        max_rows: Rows that run at once.
+        max_rows: Rows that run at once; None is as many as are worth it and have the whole context.
         max_context: Tokens of one row; None is as many as the base and the memory allow.
         prefill_tokens: Prompt tokens that are read in one step.
         prefix_tokens: Tokens of earlier prompts and answers that are kept; None is as many as the memory allows.
@@ -249,7 +249,9 @@ def load_engine(
         if lacks_template(base.folder):
             logger.info("%s: %s", base.id.name, NO_TEMPLATE)
         memory = free_memory(device)
-        context = context_of(model, positions=base.max_context, asked=max_context, rows=max_rows, memory_bytes=int(memory * MEMORY_SHARE))
+        max_rows, context = room_of(
+            model, positions=base.max_context, max_context=max_context, max_rows=max_rows, memory_bytes=int(memory * MEMORY_SHARE)
+        )
         kept = int(memory * PREFIX_SHARE) // bytes_per_token(model.config, dtype) if prefix_tokens is None else prefix_tokens
         make = partial(
             Generation, max_rows=max_rows, max_context=context, prefill_tokens=prefill_tokens, prefix_tokens=kept, measures=measures
@@ -272,9 +274,10 @@ def load_engine(
         end_ids=end_ids(task, processor, model),
         **(_own_answers(model, published) if has_head else {}),
     )
-    classification, alone = Classification(max_rows=max_rows, measures=measures), Alone(device, measures)
+    rows = max_rows or MOST_ROWS
+    classification, alone = Classification(max_rows=rows, measures=measures), Alone(device, measures)
     works: list[Work] = [*([parts.generation] if parts.generation else []), classification, alone]
-    logger.info("serving %s on %s in %s: %d rows of up to %d tokens", served.name, device, dtype, max_rows, parts.max_context)
+    logger.info("serving %s on %s in %s: %d rows of up to %d tokens", served.name, device, dtype, rows, parts.max_context)
     vocabulary = model.get_input_embeddings().num_embeddings if medium_of(task) == "text" else 0
     thread = ModelThread(works)
     return Engine(served, base.folder, TASKS_OF[kind], parts, alone, classification, measures, thread, vocabulary, dtype, device)

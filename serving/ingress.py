@@ -208,23 +208,27 @@ async def _generate(
     except Exception:  # and not CancelledError: what a client that went away had reserved stays taken, for it may have been made
         reservation.settle(spent.tokens)
         raise
-    spent.note(first)
-    started = first[0]
+    started, *others = first
     if isinstance(started, Failed):
         reservation.settle(0)
         raise started.error
-    assert isinstance(started, Started), "a backend says first whether it accepts"
+    assert isinstance(started, Started), "a backend says first whether it answers"
+    spent.note([started])
     choices = call.n * (len(call.prompts) if isinstance(call, CompletionCall) else 1)
     return StreamingResponse(
-        _stream(_noted(events, spent, reservation), started, shape, choices),
+        _stream(_noted(others, events, spent, reservation), started, shape, choices),
         media_type="text/event-stream",
         headers={**adapter_header(started), "cache-control": "no-cache", "x-accel-buffering": "no"},
     )
 
 
-async def _noted(events: AsyncIterator[list[Event]], spent: Spent, reservation: Reservation) -> AsyncIterator[list[Event]]:
+async def _noted(
+    first: list[Event], events: AsyncIterator[list[Event]], spent: Spent, reservation: Reservation
+) -> AsyncIterator[list[Event]]:
     """The events, and at their end, or when the client goes away, the settlement."""
     try:
+        spent.note(first)
+        yield first
         async for ready in events:
             spent.note(ready)
             yield ready
@@ -247,7 +251,7 @@ def _whole(events: list[Event], shape: Shape) -> JSONResponse:
                 pieces[choice] = event
             case Done():
                 done.append(event)
-    assert started is not None, "a backend says first whether it accepts"
+    assert started is not None, "a backend says first whether it answers"
     done.sort(key=lambda each: each.choice)
     choices = [shape.choice(pieces.get(each.choice, Piece(each.choice, "")), each.reason) for each in done]
     body = {**_envelope(shape, started, shape.object), "choices": choices, "usage": _usage(started, sum(d.tokens for d in done))}
@@ -260,10 +264,7 @@ async def _stream(events: AsyncIterator[list[Event]], started: Started, shape: S
     envelope = _envelope(shape, started, shape.chunk_object) | ({"usage": None} if shape.with_usage else {})
     made, left = 0, choices
     text = "".join(_sse({**envelope, "choices": [opening]}) for opening in filter(None, map(shape.opening, range(choices))))
-    if text:
-        yield text
     async for ready in events:
-        text = ""
         for event in ready:
             match event:
                 case Piece():
@@ -278,6 +279,7 @@ async def _stream(events: AsyncIterator[list[Event]], started: Started, shape: S
             text += _sse({**envelope, "choices": [], "usage": _usage(started, made)}) if shape.with_usage else ""
             text += "data: [DONE]\n\n"
         yield text
+        text = ""
 
 
 def _envelope(shape: Shape, started: Started, kind: str) -> dict[str, Any]:

@@ -206,9 +206,11 @@ class Replica:
                 ]
                 self._engine.add(served, rows)
                 try:
-                    yield [Started(served.name, served.digest, sum(map(len, prompts)))]
+                    # With the first text and not before: until then, a status can still say what went wrong, and clients try again by it.
+                    begun: list[Event] = [Started(served.name, served.digest, sum(map(len, prompts)))]
                     async for events in events_of(told, len(rows), _tool_streams(served, call), pause_s=self._pause_s):
-                        yield events
+                        yield [*begun, *events]
+                        begun = []
                 finally:
                     self._engine.cancel(rows)
                     self._count(call, served, rows, time.monotonic() - asked_at)

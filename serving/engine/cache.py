@@ -5,9 +5,10 @@ row may join while others are in the middle of their answers. Running rows alway
 never a gathered copy, and a row that leaves is replaced by the last one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 FIRST_CAPACITY = 128
 """Positions allocated at first; doubled as rows grow, up to the context."""
-FIRST_BLOCKS = 64
-"""Blocks that are allocated to be kept aside at first."""
+CHUNK = 64
+"""Blocks kept aside for which memory is taken at once."""
 
 
 @dataclass
@@ -120,45 +121,42 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class BlockStore:
-    """Pieces of slots, kept aside: [places, heads, block, size] for the keys and for the values of each layer, grown by doubling."""
+    """Pieces of slots, kept aside. Memory is taken a chunk of blocks at a time, so that nothing is copied when it grows."""
 
     def __init__(self, cache: SlotCache, *, block: int) -> None:
         self._cache = cache
         self._block = block
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        """Of each layer."""
+        self._chunks: list[list[tuple[Tensor, Tensor]]] = []
+        """Of each chunk, of each layer: [CHUNK, heads, block, size] for the keys and for the values."""
 
     def save(self, places: Sequence[int], *, slot: int, first: int) -> None:
         """Copy a slot's blocks from the `first`-th on to `places`."""
-        self._grow(max(places) + 1)
-        span = slice(first * self._block, (first + len(places)) * self._block)
-        index = torch.tensor(places, device=self._kept[0][0].device)
-        for layer, (keys, values) in zip(self._cache.layers, self._kept, strict=True):
-            for kept, whole in ((keys, layer.keys), (values, layer.values)):
-                kept[index] = whole[slot, :, span].unflatten(1, (len(places), self._block)).transpose(0, 1)
+        while max(places) >= CHUNK * len(self._chunks):
+            self._chunks.append([(self._empty(layer.keys), self._empty(layer.values)) for layer in self._cache.layers])
+        for chunk, index, blocks in self._runs(places):
+            span = slice((first + blocks.start) * self._block, (first + blocks.stop) * self._block)
+            for layer, (keys, values) in zip(self._cache.layers, chunk, strict=True):
+                for kept, whole in ((keys, layer.keys), (values, layer.values)):
+                    kept[index] = whole[slot, :, span].unflatten(1, (len(index), self._block)).transpose(0, 1)
 
     def load(self, places: Sequence[int], *, slot: int) -> None:
         """Copy the blocks at `places` to the beginning of a slot, one behind the other."""
-        width = len(places) * self._block
-        self._cache.reach(width)
-        index = torch.tensor(places, device=self._kept[0][0].device)
-        for layer, (keys, values) in zip(self._cache.layers, self._kept, strict=True):
-            for kept, whole in ((keys, layer.keys), (values, layer.values)):
-                whole[slot, :, :width] = kept[index].transpose(0, 1).flatten(1, 2)
+        self._cache.reach(len(places) * self._block)
+        for chunk, index, blocks in self._runs(places):
+            span = slice(blocks.start * self._block, blocks.stop * self._block)
+            for layer, (keys, values) in zip(self._cache.layers, chunk, strict=True):
+                for kept, whole in ((keys, layer.keys), (values, layer.values)):
+                    whole[slot, :, span] = kept[index].transpose(0, 1).flatten(1, 2)
 
-    def _grow(self, places: int) -> None:
-        if self._kept and places <= len(self._kept[0][0]):
-            return
-        old, self._kept = self._kept, []
-        capacity = max(places, 2 * len(old[0][0]) if old else FIRST_BLOCKS)
-        for n, layer in enumerate(self._cache.layers):
-            pair = []
-            for kind, whole in enumerate((layer.keys, layer.values)):
-                kept = whole.new_empty(capacity, whole.shape[1], self._block, whole.shape[3])
-                if old:
-                    kept[: len(old[n][kind])] = old[n][kind]
-                pair.append(kept)
-            self._kept.append((pair[0], pair[1]))
+    def _runs(self, places: Sequence[int]) -> Iterator[tuple[list[tuple[Tensor, Tensor]], Tensor, range]]:
+        """Neighbours in `places` that lie in one chunk: the chunk, where in it they lie, and which of `places` they are."""
+        for number, run in groupby(range(len(places)), key=lambda n: places[n] // CHUNK):
+            blocks = list(run)
+            index = torch.tensor([places[n] % CHUNK for n in blocks], device=self._chunks[0][0][0].device)
+            yield self._chunks[number], index, range(blocks[0], blocks[-1] + 1)
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_empty(CHUNK, like.shape[1], self._block, like.shape[3])
 
 
 def bytes_per_token(config: Any, dtype: torch.dtype) -> int:

@@ -156,5 +156,5 @@ class Planner:
 
 def is_few(adapters: Sequence[AdapterWeights]) -> bool:
     """Whether stacking them is the least work."""
-    ranks = [max((len(a) for a, _ in adapter.layers.values()), default=0) for adapter in adapters]
+    ranks = [adapter.rank for adapter in adapters]
     return sum(ranks) <= FEW * max(ranks)

@@ -10,6 +10,7 @@ each adapter's two matrices over its own rows. Those of `serving.engine.decoding
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -30,6 +31,11 @@ class AdapterWeights:
     """Module name -> trained module that stands in for the base's own (classification heads)."""
     digest: str | None = None
     """Of its files: the same weights have the same. None where nothing may be kept under it."""
+
+    @cached_property
+    def rank(self) -> int:
+        """Of its widest layer; 0 where it has none."""
+        return max((len(a) for a, _ in self.layers.values()), default=0)
 
 
 Rows = Sequence[AdapterWeights | None]

@@ -17,7 +17,7 @@ FEWEST = 8
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """What `layer` makes of `x` [..., inputs], outside of training."""
-    if type(layer) is nn.Linear and x.numel() >= FEWEST * layer.in_features and _is_for_onednn(x) and _is_for_onednn(layer.weight):
+    if type(layer) is nn.Linear and x.numel() >= FEWEST * layer.in_features and _is_for_onednn(x):
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, layer.weight, layer.bias, "none", [], "")
         return out
     made: Tensor = layer(x)

@@ -251,7 +251,13 @@ def test_a_client_that_goes_away_frees_its_rows(server: Server) -> None:
     with pytest.raises(openai.APITimeoutError):
         server.client.with_options(timeout=0.2).completions.create(**many)
     assert until(lambda: (server.status()["running"], server.status()["waiting"]) == (0, 0))
-    assert server.status()["completed"] < before + 32, "rows of a client that has gone are not made to their end"
+    with server.open(strict=False).completions.create(**many, stream=True) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.APITimeoutError):  # behind the others, and so before it was told anything
+            server.client.with_options(timeout=0.3).completions.create(**many, stream=True)
+        assert until(lambda: server.status()["waiting"] < 16), "what waited for a client that has gone is dropped"
+    assert until(lambda: (server.status()["running"], server.status()["waiting"]) == (0, 0))
+    assert server.status()["completed"] < before + 64, "rows of a client that has gone are not made to their end"
     assert server.text("narrow")
 
 
@@ -363,10 +369,14 @@ def test_a_replica_that_is_killed_is_a_503_to_try_again_and_then_answers(served:
     root = served["keyed"]
     ours = [p for p in psutil.Process().children(recursive=True) if "".join(p.cmdline()[:1]).startswith("ray::ServeReplica:keyed:Replica")]
     body = {"model": "narrow", "prompt": "a", "max_tokens": 250, "temperature": 1, "n": 16}
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(root.http, "POST", "/v1/completions", body)
         assert until(lambda: root.status()["running"] > 0)
+        behind = pool.submit(root.http, "POST", "/v1/completions", body | {"stream": True})
+        assert until(lambda: root.status()["waiting"] > 16), "the stream waits behind the others"
         ours[0].kill()
-        status, headers, answer = asked.result(120)
-    assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "replica_lost", "1")
+        lost = [each.result(120) for each in (asked, behind)]
+    assert [(status, answer["error"]["code"], headers["retry-after"]) for status, headers, answer in lost] == 2 * [
+        (503, "replica_lost", "1")
+    ]
     assert until(lambda: root.http("POST", "/v1/completions", body | {"n": 1, "max_tokens": 2})[0] == 200, seconds=120)

@@ -20,7 +20,7 @@ from transformers import (
 
 from hone.errors import BaseModelError
 from serving.engine.cache import SlotCache
-from serving.engine.capability import context_of, probe
+from serving.engine.capability import FEWEST_ROWS, MOST_ROWS, probe, room_of
 from serving.engine.decoder import Decoder
 from serving.engine.decoding import CopiedRows, Copies, Planner, Stack, StackedRows
 from serving.engine.lora import AdapterWeights, Mixer, Segments
@@ -45,7 +45,7 @@ def make(config: Any) -> Any:
 
 
 def context(model: Any, asked: int | None = None) -> int:
-    return context_of(model, positions=64, asked=asked, rows=4, memory_bytes=2**30)
+    return room_of(model, positions=64, max_context=asked, max_rows=4, memory_bytes=2**30)[1]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,27 @@ def test_a_rope_that_depends_on_the_longest_row_bounds_the_context() -> None:
 def test_memory_bounds_the_context_where_none_is_asked_for() -> None:
     model = make(LlamaConfig(**GROUPED))
     per_token = 2 * 2 * 2 * 8 * 4
-    assert context_of(model, positions=64, asked=None, rows=4, memory_bytes=4 * per_token * 20) == 20
+    assert room_of(model, positions=64, max_context=None, max_rows=4, memory_bytes=4 * per_token * 20) == (4, 20)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "room"),
+    [
+        (1000 * 64, (MOST_ROWS, 64)),
+        (20 * 64, (20, 64)),
+        (20 * 64 - 1, (19, 64)),
+        (FEWEST_ROWS * 10, (FEWEST_ROWS, 10)),
+        (1, (FEWEST_ROWS, 1)),
+    ],
+)
+def test_rows_are_as_many_as_have_the_whole_context(tokens: int, room: tuple[int, int]) -> None:
+    model = make(LlamaConfig(**GROUPED))
+    assert room_of(model, positions=64, max_context=None, max_rows=None, memory_bytes=2 * 2 * 2 * 8 * 4 * tokens) == room
+
+
+def test_a_shorter_context_leaves_memory_for_more_rows() -> None:
+    model = make(LlamaConfig(**GROUPED))
+    assert room_of(model, positions=64, max_context=32, max_rows=None, memory_bytes=2 * 2 * 2 * 8 * 4 * 20 * 64) == (MOST_ROWS, 32)
 
 
 def test_models_that_take_no_positions_are_refused() -> None:
