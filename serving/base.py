@@ -172,10 +172,6 @@ class Engine:
         return self.parts.embedding
 
     @property
-    def follows_grammars(self) -> bool:
-        return True
-
-    @property
     def keeps_copies(self) -> bool:
         return True
 

@@ -71,11 +71,6 @@ class ServingEngine(Protocol):
         ...
 
     @property
-    def follows_grammars(self) -> bool:
-        """Whether it lets a row's constraint choose among tokens."""
-        ...
-
-    @property
     def vocabulary(self) -> int:
         """Token ids that the embedding has rows for."""
         ...

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -46,14 +46,19 @@ class Grammar:
     param: str
     """What of the request asks for it."""
     parts: Sequence[Part]
-    lark: str | None = None
-    """A grammar in llguidance's variant of Lark's syntax that names the parts as `@name`; None is the one part by itself."""
+    rules: str = ""
+    """In llguidance's variant of Lark's syntax; they name the parts as rules. The first is `answer`; none are the one part by itself."""
 
-    @property
-    def text(self) -> str:
-        """As llguidance reads it. The order of keys counts: it is the order in which an answer has them."""
-        outer = [] if self.lark is None else [{"name": "start", "lark_grammar": self.lark}]
-        return json.dumps({"grammars": [*outer, *({"name": part.name, "json_schema": part.schema} for part in self.parts)]})
+    def text(self, *, ends: Collection[int] = ()) -> str:
+        """All of it in that syntax. The order of a schema's keys counts: it is the order in which an answer has them.
+
+        Args:
+            ends: Tokens that may end an answer, for who compiles it with a tokenizer that does not know them.
+        """
+        start = "start: answer" if self.rules else f"start: {self.parts[0].name}"
+        ended = f" ended?\nended: {' | '.join(f'<[{token}]>' for token in sorted(ends))}" if ends else ""
+        schemas = (f"{part.name}: %json {json.dumps(part.schema)}" for part in self.parts)
+        return "\n".join(["%llguidance {}", start + ended, *([self.rules] if self.rules else []), *schemas, ""])
 
 
 class Grammars:
@@ -73,7 +78,8 @@ class Grammars:
             RequestError: llguidance is not installed, or does not take the grammar.
         """
         compiled = self._find(served, grammar)
-        return [Constraint(compiled.deep_copy()) for _ in range(count)]
+        text = grammar.text(ends=served.end_ids - {served.processor.eos_token_id})
+        return [Constraint(compiled.deep_copy(), text) for _ in range(count)]
 
     def _find(self, served: Served, grammar: Grammar) -> Any:
         try:
@@ -85,11 +91,12 @@ class Grammars:
                 "unsupported_parameter",
             ) from None
         tokenizer, digest = self._tokenizer(served)
-        key = _digest(digest, grammar.text)
+        text = grammar.text()
+        key = _digest(digest, text)
         with self._lock:
             compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = llguidance.LLMatcher(tokenizer, grammar.text, log_level=0)
+            compiled = _matcher(llguidance, tokenizer, text)
             if compiled.is_error():
                 raise _refusal(llguidance, tokenizer, grammar, compiled.get_error())
             with self._lock:
@@ -114,10 +121,14 @@ class Grammars:
             return made, key
 
 
+def _matcher(llguidance: Any, tokenizer: Any, text: str) -> Any:
+    return llguidance.LLMatcher(tokenizer, llguidance.grammar_from("lark", text), log_level=0)
+
+
 def _refusal(llguidance: Any, tokenizer: Any, grammar: Grammar, error: str) -> RequestError:
     """Which schema is at fault, and what in it."""
     for part in grammar.parts:
-        alone = llguidance.LLMatcher(tokenizer, Grammar(part.param, [part]).text, log_level=0)
+        alone = _matcher(llguidance, tokenizer, Grammar(part.param, [part]).text())
         if alone.is_error():
             return RequestError(f"{part.param}: {_said(alone.get_error())}", part.param)
     return RequestError(f"{grammar.param}: {_said(error)}", grammar.param)

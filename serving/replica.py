@@ -288,9 +288,6 @@ class Replica:
         if isinstance(call, CompletionCall) or (call.tools is None and call.schema is None):
             return [None] * call.n
         grammar = answer_grammar(call.schema, call.tools, served.tool_form, served.processor)
-        if not self._engine.follows_grammars:
-            why = f"{grammar.param}: the engine of this server, {self._engine.name}, follows no grammars here yet; leave it out"
-            raise RequestError(why, grammar.param, "unsupported_parameter")
         return self._grammars.constraints(served, grammar, call.n)
 
     def _count(self, call: ChatCall | CompletionCall, served: Served, rows: Sequence[Row], seconds: float) -> None:

@@ -41,7 +41,6 @@ class StreamedEngine:
     """Satisfies `serving.contract.ServingEngine` with a `TokenSource`."""
 
     keeps_copies = False
-    follows_grammars = False
     embedding = None
     prefix_blocks = 0
 

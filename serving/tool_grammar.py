@@ -24,7 +24,7 @@ def answer_grammar(schema: dict[str, Any] | None, tools: Tools | None, form: Too
     Raises:
         RequestError: what is asked for cannot be told apart in the form of this model's calls.
     """
-    answer = None if schema is None else _schema_part("answer", schema, "response_format")
+    answer = None if schema is None else _schema_part("object", schema, "response_format")
     if tools is None:
         assert answer is not None, "the caller has a schema or tools"
         return Grammar("response_format", [answer])
@@ -37,24 +37,24 @@ def answer_grammar(schema: dict[str, Any] | None, tools: Tools | None, form: Too
         )
     parts = [_arguments(n, tool) for n, tool in enumerate(tools.definitions)]
     called = [n for n, tool in enumerate(tools.definitions) if tools.choice in ("auto", "required", tool["function"]["name"])]
-    lark = _lark(form, tools, called, answer=answer, special=_special(tokenizer))
-    return Grammar("tools", [*(parts[n] for n in called), *([answer] if answer else [])], lark)
+    rules = _rules(form, tools, called, answer=answer, special=_special(tokenizer))
+    return Grammar("tools", [*(parts[n] for n in called), *([answer] if answer else [])], rules)
 
 
-def _lark(form: ToolForm, tools: Tools, called: Sequence[int], *, answer: Part | None, special: dict[str, int]) -> str:
+def _rules(form: ToolForm, tools: Tools, called: Sequence[int], *, answer: Part | None, special: dict[str, int]) -> str:
     trigger = form.trigger or ""
     rest, begin = form.opening[len(trigger) :], _terms(trigger, special)
     bodies = [
-        f"body_{n}: {_terms(rest + tools.definitions[n]['function']['name'] + form.between, special)} @arguments_{n} "
+        f"body_{n}: {_terms(rest + tools.definitions[n]['function']['name'] + form.between, special)} arguments_{n} "
         f"{_terms(form.closing, special)}"
         for n in called
     ]
-    lines = ["%llguidance {}", "TEXT: /(.|\\n)*/", "body: " + " | ".join(f"body_{n}" for n in called), *bodies]
+    lines = ["TEXT: /(.|\\n)*/", "body: " + " | ".join(f"body_{n}" for n in called), *bodies]
     more = f"({_terms(form.glue, special)} {begin} body)*" if form.glue is not None and tools.many else ""
     if tools.choice != "auto":
         start = f"{begin} body {more}"
     elif answer is not None:
-        start = f"@answer | {begin} body {more}"
+        start = f"object | {begin} body {more}"
     elif not trigger:
         lines.append(f"OTHER: /[^{re.escape(form.opening[0])}](.|\\n)*/")
         start = f"OTHER? | body {more}"
@@ -62,7 +62,7 @@ def _lark(form: ToolForm, tools: Tools, called: Sequence[int], *, answer: Part |
         # A special token cannot be inside a lexeme; as text, the first trigger ends the lazy lexeme, so no text goes on past it.
         lines.append(f"head: TEXT {begin}" if trigger.strip() in special else f"head[lazy]: TEXT {begin}")
         start = f"TEXT | head body {more}"
-    return "\n".join([lines[0], f"start: {start}", *lines[1:], ""])
+    return "\n".join([f"answer: {start}", *lines])
 
 
 def _terms(text: str, special: dict[str, int]) -> str:

@@ -25,7 +25,9 @@ class Matcher(Protocol):
 class Constraint:
     """A grammar, at where one answer is in it."""
 
-    def __init__(self, matcher: Matcher) -> None:
+    def __init__(self, matcher: Matcher, grammar: str = "") -> None:
+        """`grammar` is what the matcher was compiled from, in llguidance's variant of Lark's syntax, for engines that compile it too."""
+        self.grammar = grammar
         self._matcher = matcher
 
     @property
@@ -46,6 +48,6 @@ class Constraint:
         bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[:vocabulary]
         return torch.from_numpy(np.pad(bits, (0, vocabulary - len(bits)))).bool()
 
-    def take(self, token: int) -> None:
-        """Go on by a token."""
-        self._matcher.consume_token(token)
+    def take(self, token: int) -> bool:
+        """Go on by a token; whether it may come here."""
+        return self._matcher.consume_token(token)

@@ -57,6 +57,7 @@ class TokenSource(Protocol):
 
     def answer(self, row: Row, adapter: LoraFiles | None) -> AsyncGenerator[Step, None]:
         """The tokens of one answer up to the first in `row.end_ids`, or `row.max_tokens`, as they come. Closing it gives the answer up.
+        Where the row has a constraint, they follow its `grammar`; the constraint itself is not the source's to move.
 
         Raises:
             LostEngineError: nothing will be answered any more.
@@ -264,9 +265,12 @@ class Streams:
             row.read, row.kept = len(row.prompt), step.kept
             self.measures.cached_tokens += step.kept
         now = time.monotonic()
+        constraint = row.chooser.constraint
         for chosen in step.tokens:
             row.timed(self.measures, now)
             self._waiting.charge(row.tenant, 1)
+            if constraint is not None and not constraint.take(chosen.token):
+                raise EngineError("the engine left the form that this request's schema or tools ask for; send the request again")
             if row.take(chosen):
                 self.completed += 1
                 return True

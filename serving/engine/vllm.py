@@ -2,7 +2,8 @@
 (docs/decisions/0019-vllm.md); vLLM itself is imported only where a replica is to run on it.
 
 vLLM makes token ids and nothing else. It is told no stop strings and decodes no text: `serving.engine.row` does that for every engine, so
-an answer ends at the same place and its log probabilities have the same form. Prompts come as token ids for the same reason.
+an answer ends at the same place and its log probabilities have the same form. Prompts come as token ids for the same reason. Grammars go to
+vLLM's llguidance as hone's own compiles them, and what comes back is held against hone's (`serving.engine.streams`).
 """
 
 import os
@@ -42,7 +43,8 @@ class VllmSource:
 
     async def answer(self, row: Row, adapter: LoraFiles | None) -> AsyncGenerator[Step, None]:
         """See `TokenSource.answer`. Closing it aborts the request in vLLM."""
-        async with aclosing(self._generate(row.prompt, sampling_settings(row), adapter)) as outputs:
+        grammar = row.chooser.constraint.grammar if row.chooser.constraint else None
+        async with aclosing(self._generate(row.prompt, sampling_settings(row), adapter, grammar)) as outputs:
             async for output in outputs:
                 [made] = output.outputs
                 if made.finish_reason in ("abort", "error"):
@@ -86,13 +88,16 @@ class VllmSource:
         del self._uses[adapter.digest]
         return True
 
-    async def _generate(self, prompt: Sequence[int], settings: Mapping[str, Any], adapter: LoraFiles | None) -> AsyncGenerator[Any, None]:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+    async def _generate(
+        self, prompt: Sequence[int], settings: Mapping[str, Any], adapter: LoraFiles | None, grammar: str | None = None
+    ) -> AsyncGenerator[Any, None]:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
         with _told_apart():
+            structured = StructuredOutputsParams(grammar=grammar) if grammar else None
             stream = self._llm.generate(
                 {"prompt_token_ids": list(prompt)},
-                SamplingParams(**settings, output_kind=RequestOutputKind.DELTA),
+                SamplingParams(**settings, structured_outputs=structured, output_kind=RequestOutputKind.DELTA),
                 f"hone-{next(self._requests)}",
                 lora_request=self._lora(adapter) if adapter else None,
             )
@@ -115,12 +120,14 @@ async def start_vllm(settings: Mapping[str, Any], measures: Measures) -> VllmSou
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # otherwise it tells its makers what runs here
     try:
+        from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
         raise without_vllm(f"vLLM cannot be imported on this replica ({error})") from error
     try:
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings), stat_loggers=[_counting(measures)])
+        grammars = StructuredOutputsConfig(backend="guidance")  # left to itself it takes one of several, each with a language of its own
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings, structured_outputs_config=grammars), stat_loggers=[_counting(measures)])
     except Exception as error:
         raise EngineError(f"vLLM did not start ({type(error).__name__}: {error})") from error
     return VllmSource(llm)

@@ -26,12 +26,21 @@ from serving.replica import Replica
 from serving.streamed import StreamedEngine
 from tests.disturbed import wait_for
 from tests.serving_fixtures import publish, publish_trained
+from tests.tiny import make_llama
 from tests.unit.serving.conftest import Shelf
 from tests.unit.serving.plain_source import PlainSource, plain_engine
 from tests.unit.serving.rooms import USER, rows_of
 from tests.unit.serving.rows import recorder, row
 
 HELLO: dict[str, Any] = {"messages": USER, "max_tokens": 12}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["good", "bad"]}, "stars": {"type": "integer", "minimum": 1, "maximum": 5}},
+    "required": ["mood", "stars"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": SCHEMA, "strict": True}}
+TOOLS = [{"type": "function", "function": {"name": "judge", "parameters": SCHEMA}}]
 GREEDY = Sampling(max_tokens=40, temperature=0.0, top_p=1.0, seed=None, stop=(), logit_bias={2: -100.0})
 
 
@@ -100,6 +109,8 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "no vectors": ("/v1/embeddings", {"model": "wide", "input": "a"}),
     "no head": ("/v1/classify", {"model": "wide", "input": "a"}),
     "tokens": ("/tokenize", {"model": "wide", "prompt": "the cat"}),
+    "a schema": (CHAT, {"model": "wide", **HELLO, "max_tokens": 60, "temperature": 0, "response_format": FORMAT}),
+    "a schema and a seed": (CHAT, {"model": "narrow", **HELLO, "max_tokens": 60, "n": 2, "seed": 3, "response_format": FORMAT}),
 }
 
 
@@ -210,13 +221,33 @@ def test_what_it_does_not_take_is_refused_with_the_reason(llama: Path, tmp_path:
     assert source.unloaded == ["false@1"]
 
 
-def test_a_schema_that_no_token_would_be_held_to_is_refused(both: tuple[TestClient, TestClient]) -> None:
-    body = {"model": "narrow", **HELLO, "response_format": {"type": "json_object"}}
-    refused = both[1].post("/v1/chat/completions", json=body)
-    assert refused.status_code == 400
-    error = refused.json()["error"]
-    assert (error["param"], error["code"]) == ("response_format", "unsupported_parameter")
-    assert "follows no grammars here yet" in error["message"]
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_tools_are_called_as_by_the_slot_engine(tmp_path: Path, choice: str) -> None:
+    home, base = Home(tmp_path / "home"), make_llama(tmp_path / "base", max_position_embeddings=1024)
+    engine, _ = plain_engine(home, base, max_context=1024)
+    body = {"model": base.name, **HELLO, "max_tokens": 100, "temperature": 0, "logit_bias": {"2": -100}}
+    body |= {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    answers = []
+    for replica in (Replica(base=str(base), home=str(home.root)), Replica(base=str(base), home=str(home.root), engine=engine)):
+        with TestClient(make_app(replica, Registry(home))) as client:
+            [answer] = client.post(CHAT, json=body).json()["choices"]
+        replica.stop()
+        answers.append((answer["message"]["content"], called(answer), answer["finish_reason"]))
+    assert answers[0] == answers[1]
+    assert bool(answers[0][1]) == (choice == "required")
+
+
+def called(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    return [call["function"] for call in answer["message"].get("tool_calls") or []]
+
+
+def test_an_engine_that_does_not_keep_to_the_schema_is_not_passed_on(made: Served, chat_shelf: Shelf) -> None:
+    made.source.is_deaf = True
+    with TestClient(make_app(made.replica, chat_shelf.registry)) as client:
+        refused = client.post(CHAT, json={"model": "narrow", **HELLO, "temperature": 0, "response_format": {"type": "json_object"}})
+    assert refused.status_code == 500
+    assert "left the form that this request's schema or tools ask for" in refused.json()["error"]["message"]
+    wait_for(lambda: made.engine.running == 0)
 
 
 def test_what_leaves_the_pool_leaves_the_engine(made: Served, chat_shelf: Shelf) -> None:

@@ -7,6 +7,8 @@ from random import Random
 from typing import Any
 
 import jsonschema
+import llguidance
+import llguidance.hf
 import pytest
 from starlette.testclient import TestClient
 
@@ -190,6 +192,20 @@ def test_a_grammar_that_fails_on_the_way_ends_its_own_answer_alone(engine: Engin
     assert error.status == 400
     assert len(failing.made) == 3
     assert tokens_of(other) == reference(chat_shelf, "wide", list(other.prompt), end_ids=frozenset())
+
+
+def test_an_engine_that_knows_one_end_of_text_is_told_the_others(everyone: dict[str, Served]) -> None:
+    """As vLLM's llguidance does, whose tokenizer's end of text is not always what ends a turn."""
+    tokenizer = everyone["wide"].processor
+    turn = next(token for token in tokenizer.all_special_ids if token != tokenizer.eos_token_id)
+    grammar = Grammar("response_format", [Part("object", {"type": "boolean"}, "response_format")])
+    matcher = llguidance.LLMatcher(llguidance.hf.from_tokenizer(tokenizer), llguidance.grammar_from("grammar", grammar.text(ends=[turn])))
+    there = Constraint(matcher)
+    for token in tokenizer("true")["input_ids"]:
+        assert turn not in there.allowed(len(tokenizer)).nonzero()
+        assert there.take(token)
+    assert set(there.allowed(len(tokenizer)).nonzero()[:, 0].tolist()) == {turn, tokenizer.eos_token_id}
+    assert not there.take(tokenizer("x")["input_ids"][0])
 
 
 def deep(levels: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What vLLM is told, and what it says: the names are those of its own classes. A GPU that has it runs it; elsewhere that is skipped."""
 
 import importlib.util
+import json
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +29,12 @@ NAMES = {
     "engine": {
         *("model", "trust_remote_code", "load_format", "generation_config", "max_model_len", "max_num_seqs", "gpu_memory_utilization"),
         *("enforce_eager", "tensor_parallel_size", "distributed_executor_backend", "enable_prefix_caching", "enable_lora", "max_loras"),
-        *("max_lora_rank", "max_cpu_loras", "max_logprobs", "logprobs_mode", "disable_log_stats"),
+        *("max_lora_rank", "max_cpu_loras", "max_logprobs", "logprobs_mode", "disable_log_stats", "structured_outputs_config"),
     },
     "sampling": {
         *("n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "seed"),
         *("max_tokens", "stop_token_ids", "ignore_eos", "detokenize", "output_kind", "logprob_token_ids"),
+        "structured_outputs",
     },
     "lora": {"lora_name", "lora_int_id", "lora_path"},
 }
@@ -53,10 +55,13 @@ def test_every_name_is_one_that_vllm_knows(engine: Engine) -> None:
 
 @pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here: gigabytes of wheels for NVIDIA GPUs (pip install 'hone[vllm]')")
 def test_the_names_are_those_of_the_installed_vllm() -> None:
+    from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import SamplingParams
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
+    assert "backend" in {field.name for field in fields(StructuredOutputsConfig)}
+    assert "grammar" in {field.name for field in fields(StructuredOutputsParams)}
     assert NAMES["engine"] <= {field.name for field in fields(AsyncEngineArgs)}
     assert NAMES["sampling"] <= set(SamplingParams.__struct_fields__)
     assert NAMES["lora"] <= set(LoRARequest.__struct_fields__)
@@ -167,6 +172,10 @@ def test_vllm_answers_the_base_and_its_adapters_as_the_slot_engine_does(chat_she
         texts = [[c["message"]["content"] for c in other.post("/v1/chat/completions", json=seeded).json()["choices"]] for _ in range(2)]
         assert texts[0] == texts[1]
         assert not any("a" in text for text in texts[0])
+        schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"], "additionalProperties": False}
+        follows = {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}, "max_tokens": 40}
+        held = other.post("/v1/chat/completions", json={"model": "wide", "messages": USER, **follows}).json()["choices"][0]
+        assert json.loads(held["message"]["content"]).keys() == {"sure"}
     slots.stop()
     vllm.stop()
 
