@@ -15,23 +15,22 @@ from serving.tool_stream import CallPiece, ToolStream, joined
 
 
 class Told:
-    """What the model's thread has said of a request's rows. It wakes the event loop once for all that is said until that is fetched, and
-    once more for an end: a call for every token would keep the interpreter from the model."""
+    """What the model's thread has said of a request's rows. It wakes the event loop for an end, and for text only where somebody waits for
+    that: a loop that wakes for every piece takes interpreter and core from the model."""
 
     def __init__(self) -> None:
         self._said: deque[tuple[int, RowEvent]] = deque()
         self._has_some, self._has_end = asyncio.Event(), asyncio.Event()
-        self._is_woken = False
+        self._is_awaited = False
 
     def tell(self, loop: asyncio.AbstractEventLoop, choice: int, event: RowEvent) -> None:
         """From any thread."""
-        self._said.append((choice, event))
+        self._said.append((choice, event))  # before it is seen whether anybody waits, who looks after saying so
         is_end = not isinstance(event, TextPiece)
-        if self._is_woken and not is_end:
-            return
-        self._is_woken = True
-        with suppress(RuntimeError):  # the loop has closed: the server is going away, and nobody listens
-            loop.call_soon_threadsafe(self._wake, is_end)
+        if is_end or self._is_awaited:
+            self._is_awaited = False
+            with suppress(RuntimeError):  # the loop has closed: the server is going away, and nobody listens
+                loop.call_soon_threadsafe(self._wake, is_end)
 
     def _wake(self, is_end: bool) -> None:
         self._has_some.set()
@@ -40,14 +39,17 @@ class Told:
 
     async def fetch(self, *, not_before: float) -> list[tuple[int, RowEvent]]:
         """All that there is once there is something, and it is so late by the monotonic clock or something has ended; rarely nothing."""
-        await self._has_some.wait()
         left = not_before - time.monotonic()
         if left > 0:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._has_end.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._has_end.wait()
         self._has_some.clear()
+        self._is_awaited = True
+        if not self._said:
+            await self._has_some.wait()
+        self._is_awaited = False
         self._has_end.clear()
-        self._is_woken = False  # before they are taken, so that what is said in between wakes again
         return [self._said.popleft() for _ in range(len(self._said))]
 
 

@@ -67,6 +67,7 @@ PAUSE_S = 0.01
 """For each answer in the making: about what Ray Serve and the ingress compute for one piece of one answer (docs/decisions/0022)."""
 LONGEST_PAUSE_S = 0.2
 """Five pieces a second still read as a text that is being written."""
+NEVER_S = 86_400.0
 SWITCH_S = 0.0005
 """How long a thread of this process may keep the interpreter from the model's, which asks for it again after every kernel; Python's own
 5 ms are as long as a step."""
@@ -188,8 +189,8 @@ class Replica:
         self._engine.stop()
         self._meter.stop()
 
-    async def generate(self, call: ChatCall | CompletionCall) -> AsyncIterator[list[Event]]:
-        """See `Backend.generate`."""
+    async def generate(self, call: ChatCall | CompletionCall, *, in_pieces: bool = True) -> AsyncIterator[list[Event]]:
+        """See `Backend.generate`. Where it is not to come `in_pieces`, what follows the first text waits for an end."""
         asked_at = time.monotonic()
         deadline = math.inf if call.sampling.timeout_s is None else asked_at + call.sampling.timeout_s
         try:
@@ -208,7 +209,8 @@ class Replica:
                 try:
                     # With the first text and not before: until then, a status can still say what went wrong, and clients try again by it.
                     begun: list[Event] = [Started(served.name, served.digest, sum(map(len, prompts)))]
-                    async for events in events_of(told, len(rows), _tool_streams(served, call), pause_s=self._pause_s):
+                    pause_s = self._pause_s if in_pieces else lambda: NEVER_S
+                    async for events in events_of(told, len(rows), _tool_streams(served, call), pause_s=pause_s):
                         yield [*begun, *events]
                         begun = []
                 finally:
@@ -224,7 +226,7 @@ class Replica:
 
     async def answer(self, call: ChatCall | CompletionCall) -> list[Event]:
         """See `Backend.answer`."""
-        first, *others = [event async for events in self.generate(call) for event in events]
+        first, *others = [event async for events in self.generate(call, in_pieces=False) for event in events]
         return [first, *joined_pieces(others)]
 
     async def classify(self, call: ClassifyCall) -> Classified | Failed:

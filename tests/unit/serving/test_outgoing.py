@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,39 @@ def test_the_first_text_and_an_end_go_at_once_and_what_is_between_goes_together(
         assert await asyncio.wait_for(waiting, SOON) == [Piece(0, "bcd", (), 4), Done(0, "stop", 4)]
         with pytest.raises(StopAsyncIteration):
             await anext(events)
+
+    asyncio.run(run())
+
+
+def test_text_wakes_nobody_who_does_not_wait_for_it() -> None:
+    class Counting:
+        """A loop that counts how often other threads wake it."""
+
+        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+            self.loop, self.woken = loop, 0
+
+        def call_soon_threadsafe(self, *call: Any) -> None:
+            self.woken += 1
+            self.loop.call_soon_threadsafe(*call)
+
+    async def run() -> None:
+        told = Told()
+        loop: Any = Counting(asyncio.get_running_loop())
+        events = events_of(told, 1, pause_s=lambda: FOREVER)
+        waiting = asyncio.create_task(anext(events))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        for n in range(100):
+            told.tell(loop, 0, text("a", n + 1))
+        assert loop.woken == 1
+        assert await asyncio.wait_for(waiting, SOON) == [Piece(0, "a" * 100, (), 100)]
+        waiting = asyncio.create_task(anext(events))  # type: ignore[arg-type]
+        for n in range(100):
+            await asyncio.sleep(0)
+            told.tell(loop, 0, text("b", n + 101))
+        assert loop.woken == 1
+        told.tell(loop, 0, Ended("stop", 200))
+        assert await asyncio.wait_for(waiting, SOON) == [Piece(0, "b" * 100, (), 200), Done(0, "stop", 200)]
+        assert loop.woken == 2
 
     asyncio.run(run())
 
