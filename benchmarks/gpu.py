@@ -50,9 +50,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--row", type=int, default=ROW)
     parser.add_argument("--tflops", type=float, help="the GPU's peak in bf16, where training/plan/hardware.yaml does not know it")
-    parser.add_argument(
-        "--scratch", type=Path, help="folder for the models and what is trained: 2 bytes a parameter, and as much again for what is trained"
-    )
+    parser.add_argument("--scratch", type=Path, help="folder for the models, 2 bytes a parameter, and as much again for what is trained")
     parser.add_argument("--without-gpu", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--be", choices=WHOSE, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -57,8 +58,13 @@ class Grammar:
         """
         start = "start: answer" if self.rules else f"start: {self.parts[0].name}"
         ended = f" ended?\nended: {' | '.join(f'<[{token}]>' for token in sorted(ends))}" if ends else ""
+        return f"%llguidance {{}}\n{start}{ended}\n{self._named}"
+
+    @cached_property
+    def _named(self) -> str:
+        """The rules, and the parts as rules."""
         schemas = (f"{part.name}: %json {json.dumps(part.schema)}" for part in self.parts)
-        return "\n".join(["%llguidance {}", start + ended, *([self.rules] if self.rules else []), *schemas, ""])
+        return "\n".join([*([self.rules] if self.rules else []), *schemas, ""])
 
 
 class Grammars:
