@@ -4,6 +4,7 @@ Two deployments. The ingress holds no model: it validates, routes and formats, s
 base. Serve's HTTP server binds 127.0.0.1 unless told otherwise.
 """
 
+import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from serving.engines import ROWS
 from serving.errors import BusyError, UnavailableError
 from serving.ingress import make_app
 from serving.measured import Measured
+from serving.priority import give_way
 from serving.replica import SWITCH_S, Replica
 
 INGRESS_REQUESTS = 4096
@@ -181,6 +183,8 @@ class ServedReplica(Replica):
 
     def __init__(self, **settings: Any) -> None:
         sys.setswitchinterval(SWITCH_S)
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch takes memory in large pages: docs/decisions/0025
+        give_way()
         super().__init__(**settings, name=serve.get_replica_context().replica_id.unique_id, is_metered=True)
 
     def __del__(self) -> None:
@@ -200,6 +204,7 @@ class Ingress:
     """The HTTP application, in front of the replicas."""
 
     def __init__(self, replica: DeploymentHandle, home: str, auth: Auth, *, may_sleep: bool) -> None:
+        give_way()
         opened = Home(home)
         self._app = make_app(ServeBackend(replica, may_sleep=may_sleep), Registry(opened), KeyRing(StoreKeys(opened.store_url), auth=auth))
 

@@ -11,12 +11,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import SOON_S, UnavailableError, error_body
+from serving.priority import give_way
 
 CODES = {404: "not_found", 408: "request_timeout", 429: "server_busy", 503: "server_unavailable"}
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve asks for."""
+    """What Serve asks for, once in each of its proxies."""
+    give_way()
     return [Middleware(OpenAIErrors)]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from serving.errors import EngineError, StoppingError
+from serving.priority import go_first
 
 T = TypeVar("T")
 
@@ -65,6 +66,7 @@ class ModelThread:
 
     def _run(self) -> None:
         error: EngineError = StoppingError("this replica is stopping; send the request again")
+        go_first()
         try:
             with torch.inference_mode():
                 busy = False
