@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import ray
 import torch
 from ray import serve
 
 from benchmarks.harness import Figures, interleave, save, summary
-from hone.ports import free_port
+from benchmarks.served import served
 from hone.storage import Home
-from serving.app import ServeArgs, build
+from serving.app import ServeArgs
 from serving.calls import CompletionCall, Failed, Sampling
 from serving.replica import Replica
 from tests.serving_fixtures import publish
@@ -44,25 +43,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         home, base = Home(Path(scratch, "home")), make_llama(Path(scratch, "base"), hidden_size=256)
         model = str(publish(home, base, "one", seed=0, r=8, target_modules="all-linear").ref)
-        port = free_port()
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning")
         replica = Replica(base=str(base), home=str(home.root), max_rows=AT_ONCE)
         try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build(ServeArgs(base=str(base), home=str(home.root))), name="hone", route_prefix="/")
-            measured = asyncio.run(_measure(_ways(replica, port, model), repeats=args.repeats, requests=args.requests))
+            with served(ServeArgs(base=str(base), home=str(home.root))) as url:
+                measured = asyncio.run(_measure(_ways(replica, url, model), repeats=args.repeats, requests=args.requests))
         finally:
             replica.stop()
-            ray.shutdown()
     figures = {name: summary(values) for name, values in measured.items()}
     print(save("ingress", unit="milliseconds of one request, or requests a second", figures=figures, notes={"at_once": AT_ONCE}))  # noqa: T201
     for name, figure in figures.items():
         print(f"{name}: {figure['median']:.2f} ({figure['min']:.2f} to {figure['max']:.2f})")  # noqa: T201
 
 
-def _ways(replica: Replica, port: int, model: str) -> dict[str, Ask]:
+def _ways(replica: Replica, url: str, model: str) -> dict[str, Ask]:
     handle = serve.get_deployment_handle("Replica", app_name="hone")
-    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/v1", timeout=60, limits=httpx.Limits(max_connections=AT_ONCE))
+    client = httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=AT_ONCE))
     call = CompletionCall(model, [PROMPT], 1, ONE_TOKEN)
     return {
         "engine": lambda: _answered(replica.answer(call)),

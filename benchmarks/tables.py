@@ -167,7 +167,7 @@ def _served_memory(result: dict[str, Any]) -> str:
     shown = [0, *range(1, len(done), 2)]
     header = ["| MiB after | " + " | ".join(f"{done[n]:,}" for n in shown) + " |", "| --- |" + " --- |" * len(shown)]
     rows = [f"| {name} | " + " | ".join(f"{values[n]:.0f}" for n in shown) + " |" for name, values in figures.items()]
-    return "\n".join(["**Memory of a replica over requests, every prompt another**", "", *header, *rows, "", _footer(result)])
+    return "\n".join(["**Memory over requests by HTTP, every prompt another**", "", *header, *rows, "", _footer(result)])
 
 
 def _preparing(result: dict[str, Any]) -> str:
