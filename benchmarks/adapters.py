@@ -3,7 +3,7 @@
 A random Llama of hidden size 256 and LoRA adapters of rank 16 on all its linear layers, asked through the replica itself, without HTTP.
 `cold`: never loaded by this replica, so its files are read, digested, proven and laid beside the others'. `warm`: asked again at once. Then
 as many requests as asked for go to a thousand published adapters, drawn by Zipf's law, several at a time, where 64 fit on the device and
-256 into memory.
+256 into memory. And what each of two hundred adapters adds to the resident set; a CPU is its own device.
 """
 
 import argparse
@@ -31,6 +31,9 @@ ON_DEVICE = 64
 IN_MEMORY = 256
 AT_ONCE = 8
 ZIPF = 1.0
+FIRST = 50
+"""Adapters after which a process has grown by all but what further ones take."""
+FURTHER = 200
 SAMPLING = Sampling(max_tokens=8, temperature=0.0, top_p=1.0, seed=1, stop=(), logit_bias={2: -100.0})
 
 
@@ -46,7 +49,9 @@ def main() -> None:
         home, base = Home(Path(scratch, "home")), make_llama(Path(scratch, "base"), hidden_size=256, max_position_embeddings=512)
         names = [f"a{n:04d}" for n in range(args.adapters)]
         publish_many(home, base, names, r=16, target_modules="all-linear")
-        figures = asyncio.run(_cold_and_warm(base, home, names[: args.cold]))
+        # First, while there is no memory of others that it could have.
+        figures: dict[str, Any] = {"bytes of a resident adapter": asyncio.run(_each_resident(base, home, names[: FIRST + FURTHER]))}
+        figures |= asyncio.run(_cold_and_warm(base, home, names[: args.cold]))
         figures |= asyncio.run(_zipf(base, home, names, requests=args.requests))
     print(save("adapters", unit="seconds to the first token, where nothing else is said", figures=figures))  # noqa: T201
 
@@ -74,7 +79,6 @@ async def _zipf(base: Path, home: Home, names: list[str], *, requests: int) -> d
     weights = 1 / np.arange(1, len(names) + 1) ** ZIPF
     drawn = np.random.default_rng(0).choice(len(names), size=requests, p=weights / weights.sum())
     waiting, times, found = iter(drawn.tolist()), list[float](), Counter[str]()
-    before = _resident_bytes()
 
     async def client() -> None:
         for n in waiting:
@@ -97,9 +101,22 @@ async def _zipf(base: Path, home: Home, names: list[str], *, requests: int) -> d
             **quantiles,
             "requests a second": requests / seconds,
             "bytes of an adapter": size,
-            "growth of the resident set (bytes)": _resident_bytes() - before,
         }
     }
+
+
+async def _each_resident(base: Path, home: Home, names: list[str]) -> float:
+    """By how many bytes one more adapter makes the process larger."""
+    replica = _replica(base, home, on_device=len(names), memory=0)
+    try:
+        for name in names[:FIRST]:
+            await _first_token(replica, name)
+        before = _resident_bytes()
+        for name in names[FIRST:]:
+            await _first_token(replica, name)
+        return (_resident_bytes() - before) / (len(names) - FIRST)
+    finally:
+        replica.stop()
 
 
 def _replica(base: Path, home: Home, *, on_device: int, memory: int) -> Replica:

@@ -286,6 +286,7 @@ def _new_version(result: dict[str, Any]) -> str:
 def _adapters(result: dict[str, Any]) -> str:
     figures = dict(result["figures"])
     cold, warm, ratio = (figures.pop(name) for name in ("cold", "warm", "cold to warm, medians"))
+    resident = figures.pop("bytes of a resident adapter")
     [(name, zipf)] = figures.items()
     shares = ", ".join(f"{share:.0%} {place}" for place, share in sorted(zipf["found (shares)"].items()))
     rows = [
@@ -294,6 +295,7 @@ def _adapters(result: dict[str, Any]) -> str:
         f"{cold['max'] * 1000:.0f}), {ratio:.2f} times |",
         f"| {name}, 64 on the device and 256 in memory, 8 requests at a time: found | {shares} |",
         f"| first token of those, median and 99% | {zipf['p50'] * 1000:.0f} ms, {zipf['p99'] * 1000:.0f} ms |",
+        f"| an adapter of {zipf['bytes of an adapter'] / 2**20:.2f} MiB makes the process larger by | {resident / 2**20:.2f} MiB |",
     ]
     header = ["| rank 16 on a Llama of hidden size 256, prompts of 128 tokens | |", "| --- | --- |"]
     return "\n".join(["**Adapters that are not on the device, and a thousand on one replica**", "", *header, *rows, "", _footer(result)])

@@ -10,6 +10,7 @@ from hone.registry import Registry
 from hone.storage import Home
 from serving.calls import CompletionCall, Event, Failed, Piece, Sampling
 from serving.errors import UnknownModelError, UnreachableError
+from serving.published import WEIGHTS_FILE
 from serving.replica import Replica
 from tests.serving_fixtures import publish_many
 from tests.unit.serving.conftest import Shelf
@@ -67,6 +68,21 @@ async def test_what_was_loaded_goes_on_while_the_registry_is_away(replica: Repli
     assert isinstance(error(await replica.answer(ask("three"))), UnreachableError)
     (tmp_path / "away").rename(root)
     assert text(await replica.answer(ask("three"))) not in expected.values()
+
+
+async def test_what_was_loaded_does_not_change_with_its_file(replica: Replica, home: Home) -> None:
+    """Its weights were checked when they were read; a file that is mapped would be read again whenever memory is short."""
+    expected = text(await replica.answer(ask("one")))
+    registry = Registry(home)
+    weights = registry.path(registry.resolve("one").ref) / WEIGHTS_FILE
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:  # in place, as a synchronising tool or a failing disk does it
+        file.seek(weights.stat().st_size // 4)
+        file.write(b"\x3f" * (weights.stat().st_size // 2))
+    assert text(await replica.answer(ask("one"))) == expected
+    with weights.open("r+b") as file:
+        file.truncate(100)
+    assert text(await replica.answer(ask("one"))) == expected
 
 
 async def test_many_more_adapters_than_fit_each_answer_as_themselves(chat_shelf: Shelf, home: Home) -> None:

@@ -1,4 +1,4 @@
-"""Which threads of a serving process wait for a core, and which one does not. In a process of its own: it is the whole process that changes."""
+"""Which threads of a serving process wait for a core, and which one does not; in a process of its own, as all of it changes."""
 
 import os
 import subprocess
