@@ -44,8 +44,8 @@ def main() -> None:
 
 
 def _processes() -> dict[str, psutil.Process]:
-    ours = {process: process.cmdline() for process in psutil.Process().children(recursive=True)}
-    return {name: process for name, title in PROCESSES.items() for process, argv in ours.items() if argv and argv[0] == title}
+    ours = {"".join(process.cmdline()[:1]): process for process in psutil.Process().children(recursive=True)}
+    return {name: ours[title] for name, title in PROCESSES.items()}
 
 
 async def _measure(url: str, models: Sequence[str], processes: dict[str, psutil.Process], *, requests: int) -> dict[str, Any]:

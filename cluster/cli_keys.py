@@ -30,6 +30,7 @@ def create(
     expires: Annotated[
         str | None, typer.Option(help="When it ends: 30d, 12h, or a date such as 2027-01-31 (UTC).", show_default=False)
     ] = None,
+    weight: Annotated[float, typer.Option(help="Share of its project's turns beside other projects.")] = 1.0,
     home: HomeOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -42,6 +43,7 @@ def create(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         expires_at=None if expires is None else moment(expires, ahead=True),
+        weight=weight,
     )
     if as_json:
         output().print_json(json.dumps({**_described(made), "key": token}))
@@ -69,12 +71,13 @@ def list_(home: HomeOption = None, as_json: AsJson = False) -> None:
             ", ".join(key.scopes),
             ", ".join(key.adapters),
             _limits(key),
+            f"{key.weight:g}",
             written(key.created_at),
             written(key.expires_at),
         )
         for key in found
     ]
-    output().print(table(("ID", "PROJECT/NAME", "KEY", "STATE", "SCOPES", "ADAPTERS", "A MINUTE", "MADE", "EXPIRES"), rows))
+    output().print(table(("ID", "PROJECT/NAME", "KEY", "STATE", "SCOPES", "ADAPTERS", "A MINUTE", "WEIGHT", "MADE", "EXPIRES"), rows))
 
 
 @keys.command()

@@ -25,7 +25,7 @@ def serve(
         str | None, typer.Option(help="Base model: a folder, a hub name, or a published whole model NAME@VERSION.", show_default=False)
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe whose base is served, by the engine of its serving: section.", show_default=False)
+        Path | None, typer.Option(help="Recipe whose base is served, as its serving: section says.", show_default=False)
     ] = None,
     engine: Annotated[
         EngineName | None,
@@ -40,6 +40,10 @@ def serve(
     replicas: Annotated[
         str, typer.Option(help="How many replicas of the base; or FEWEST:MOST, as many as the requests take, such as 0:4.")
     ] = "1",
+    adapter_disk: Annotated[
+        Path | None,
+        typer.Option(help="Folder on each replica's own disk for adapters, where the registry is on another machine.", show_default=False),
+    ] = None,
     allow_anonymous: Annotated[bool, typer.Option("--allow-anonymous", help="Answer everyone who can reach it, without a key.")] = False,
 ) -> None:
     """Answer OpenAI-style requests for a base model and its published adapters.
@@ -49,7 +53,7 @@ def serve(
     from cluster.deploy import access_at, check_bind, parse_replicas
 
     count = parse_replicas(replicas)
-    base, serving = _what(base, recipe, engine)
+    base, serving = _what(base, recipe, engine, adapter_disk)
     if address is not None:
         _serve_on_cluster(base, home, address, auth="off" if allow_anonymous else "auto", replicas=count, serving=serving)
         return
@@ -60,8 +64,10 @@ def serve(
     _serve_here(base, opened, host, port, auth, count, serving)
 
 
-def _what(base: str | None, recipe: Path | None, engine: EngineName | None) -> tuple[str, "ServingSettings"]:
-    """The base and its engine: what was said, and otherwise what the recipe says.
+def _what(
+    base: str | None, recipe: Path | None, engine: EngineName | None, adapter_disk: Path | None = None
+) -> tuple[str, "ServingSettings"]:
+    """The base and how it is served: what was said, and otherwise what the recipe says.
 
     Raises:
         RecipeError: there is no base, or the recipe is not one.
@@ -73,7 +79,8 @@ def _what(base: str | None, recipe: Path | None, engine: EngineName | None) -> t
     if named is None:
         raise RecipeError("name what to serve: --base MODEL, or --recipe FILE for the base of a recipe")
     serving = found.serving if found else ServingSettings()
-    return named, serving.model_copy(update={"engine": engine}) if engine else serving
+    said = {"engine": engine, "adapter_disk": adapter_disk and str(adapter_disk.expanduser().resolve())}
+    return named, serving.model_copy(update={key: value for key, value in said.items() if value})
 
 
 def _check_engine_here(serving: "ServingSettings") -> None:

@@ -97,12 +97,12 @@ def deploy(
         http: Host and port of Serve's proxy, which only a cluster without Serve takes; by default the cluster's own.
         auth: Who needs an API key, as in `serving.app.ServeArgs`.
         replicas: How many, likewise.
-        serving: Which engine answers.
+        serving: Which engine answers, and where adapters are kept.
 
     Raises:
         ResourceError: the cluster does not answer, or refuses the configuration.
     """
-    args = {"base": base, "auth": auth, "num_replicas": replicas, **({"home": home} if home else {}), **_engine_args(serving)}
+    args = {"base": base, "auth": auth, "num_replicas": replicas, **({"home": home} if home else {}), **_serving_args(serving)}
     application = {"name": APPLICATION, "import_path": IMPORT_PATH, "route_prefix": "/", "args": args}
     config: dict[str, Any] = {"applications": [*_others(dashboard), application]}
     if http is not None:
@@ -174,9 +174,9 @@ def wait_until_healthy(url: str, *, timeout_s: float = 60) -> dict[str, TaskName
         time.sleep(POLL_S)
 
 
-def _engine_args(serving: ServingSettings) -> dict[str, Any]:
-    """What an application is told of its engine: nothing where it is the default."""
-    return {"engine": "vllm", "vllm": serving.vllm.model_dump(exclude_defaults=True)} if serving.engine == "vllm" else {}
+def _serving_args(serving: ServingSettings) -> dict[str, Any]:
+    """What an application is told of this section, whose keys are its own too: nothing where it is the default."""
+    return serving.model_dump(exclude_defaults=True)
 
 
 def _others(dashboard: Dashboard) -> list[dict[str, Any]]:

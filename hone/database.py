@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, create_engine, event
+from sqlalchemy import URL, Column, create_engine, event, inspect
 from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.exc import DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.schema import CreateColumn
 
 from hone.errors import ResourceError
 
@@ -24,10 +25,10 @@ class Table(DeclarativeBase):
 
 
 class Database:
-    """Opens the database at a SQLAlchemy URL, making the tables that are not there yet."""
+    """Opens the database at a SQLAlchemy URL, making the tables, and columns of older tables, that are not there yet."""
 
     def __init__(self, url: str) -> None:
-        """Raises ResourceError where the database cannot be reached."""
+        """Raises ResourceError where the database cannot be reached, or not be written as it must be."""
         parsed = make_url(url)
         if parsed.drivername.startswith("sqlite") and parsed.database:
             try:
@@ -37,7 +38,8 @@ class Database:
         self._engine = _engine(parsed)
         try:
             _make_tables(self._engine)
-        except OperationalError as error:
+            _add_columns(self._engine)
+        except DBAPIError as error:
             self._engine.dispose()
             raise ResourceError(f"{parsed.render_as_string()}: the store cannot be opened ({str(error.orig).splitlines()[0]})") from None
 
@@ -72,6 +74,26 @@ def _make_tables(engine: Engine) -> None:
             Table.metadata.create_all(engine)
             return
     Table.metadata.create_all(engine)
+
+
+def _add_columns(engine: Engine) -> None:
+    """Bring tables that an older version made up to date; what has come since has a default."""
+    for column in _lacking(engine):
+        try:
+            with engine.begin() as connection:
+                added = CreateColumn(column).compile(dialect=engine.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {column.table.name} ADD COLUMN {added}")
+        except DBAPIError:
+            # Another process may have added it between our look and our adding.
+            if column in _lacking(engine):
+                raise
+
+
+def _lacking(engine: Engine) -> list[Column[Any]]:
+    """Columns that are not in the database."""
+    known = inspect(engine)
+    there = {(name, column["name"]) for name in Table.metadata.tables for column in known.get_columns(name)}
+    return [column for table in Table.metadata.tables.values() for column in table.columns if (table.name, column.name) not in there]
 
 
 def _use_wal(connection: Any, _record: Any) -> None:

@@ -7,6 +7,7 @@ the digest, of which whoever guesses controls no bit.
 """
 
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from fnmatch import fnmatchcase
 from re import fullmatch
 from typing import Literal, get_args
 
-from sqlalchemy import JSON, BigInteger, select
+from sqlalchemy import JSON, BigInteger, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -54,6 +55,9 @@ class ApiKey:
     """Unix time in seconds, like those below."""
     expires_at: int | None
     revoked_at: int | None
+    weight: float = 1.0
+    """Its project's share of the engine's turns beside other projects: a token of its requests counts 1 / weight. Keys of one project may
+    differ in it, and then spend the project's turns differently."""
 
     @property
     def label(self) -> str:
@@ -89,6 +93,7 @@ class _Row(Table):
     created_at: Mapped[int] = mapped_column(BigInteger)
     expires_at: Mapped[int | None] = mapped_column(BigInteger)
     revoked_at: Mapped[int | None] = mapped_column(BigInteger)
+    weight: Mapped[float] = mapped_column(server_default=text("1"))
 
     def as_key(self) -> ApiKey:
         kept = {name: getattr(self, name) for name in ApiKey.__dataclass_fields__}
@@ -108,6 +113,7 @@ class Keys(Database):
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
         expires_at: float | None = None,
+        weight: float = 1.0,
     ) -> tuple[ApiKey, str]:
         """Make a key; what is known of it, and the key itself, which nobody can show again.
 
@@ -115,7 +121,7 @@ class Keys(Database):
             HoneError: a setting that makes no sense, or a name that an active key of the project has.
         """
         now = time.time()
-        _check(name, project, scopes, adapters, [requests_per_minute, tokens_per_minute], expires_at, now)
+        _check(name, project, scopes, adapters, [requests_per_minute, tokens_per_minute], expires_at, weight, now)
         token = START + secrets.token_urlsafe(32)
         with self._transaction() as session:
             taken = session.scalars(select(_Row).where(_Row.name == name, _Row.project == project))
@@ -134,6 +140,7 @@ class Keys(Database):
                 created_at=int(now),
                 expires_at=None if expires_at is None else int(expires_at),
                 revoked_at=None,
+                weight=weight,
             )
             session.add(row)
             return row.as_key(), token
@@ -187,6 +194,7 @@ def _check(
     adapters: Sequence[str],
     limits: Sequence[int | None],
     expires_at: float | None,
+    weight: float,
     now: float,
 ) -> None:
     for what, given in (("name", name), ("project", project)):
@@ -201,3 +209,5 @@ def _check(
         raise HoneError("limits are at least 1 a minute; leave one out for no limit")
     if expires_at is not None and expires_at <= now:
         raise HoneError("the key would have expired already")
+    if not 0 < weight < math.inf:
+        raise HoneError(f"weight {weight}: a number above 0, such as 2 for twice the share of a project whose keys have 1")

@@ -14,6 +14,12 @@ RECIPE_FILE = "recipe.json"
 """Beside it: the resolved recipe."""
 EVALUATION_FILE = "evaluation.json"
 """Beside it: the metrics of the exported weights with their intervals, where there were validation rows."""
+VERDICT_FILE = "verdict.json"
+REPORT_FILE = "report.html"
+PLOTS = "plot_*.png"
+CARD_FILE = "README.md"
+TOLD = (RECIPE_FILE, EVALUATION_FILE, VERDICT_FILE, REPORT_FILE, PLOTS, CARD_FILE)
+"""What tells people how a version came to be, other in each; what answers by the version reads none of it."""
 
 
 class BaseModelId(BaseModel):

@@ -42,7 +42,7 @@ from serving.catalog import BaseDescription
 from serving.disk import DISK_BYTES
 from serving.engine.generation import PREFILL_TOKENS
 from serving.engines import ROWS
-from serving.errors import BusyError, UnavailableError
+from serving.errors import REPLICA_LOST, BusyError, UnavailableError
 from serving.ingress import make_app
 from serving.measured import Measured
 from serving.priority import give_way
@@ -281,6 +281,6 @@ def _serves_errors() -> Iterator[None]:
     except BackPressureError as error:
         raise BusyError(f"the server has all the requests that it holds; try again shortly ({error.message})") from None
     except (RayActorError, AioRpcError):
-        raise UnavailableError("the replica that had this request is gone; send it again", None, "replica_lost") from None
+        raise UnavailableError("the replica that had this request is gone; send it again", None, REPLICA_LOST) from None
     except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
         raise UnavailableError(f"no replica can answer right now ({error.message}); try again shortly") from None

@@ -20,9 +20,9 @@ from hone.tasks import TaskName
 from models.tasks import TASKS, Head, Inputs, inputs_by
 from models.tasks.task import ProblemType
 from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
-from serving.engine.alone import Alone
+from serving.engine.alone import Alone, check_steps
 from serving.engine.cache import bytes_per_token
-from serving.engine.capability import MOST_ROWS, probe, room_of
+from serving.engine.capability import MOST_ROWS, CannotMixError, probe, room_of
 from serving.engine.classifier import Asked, Classification
 from serving.engine.decoder import Decoder
 from serving.engine.generation import PREFILL_TOKENS, Generation
@@ -244,15 +244,15 @@ def load_engine(
     if kind == "decoder":
         if lacks_template(base.folder):
             logger.info("%s: %s", base.id.name, NO_TEMPLATE)
-        memory = free_memory(device)
-        max_rows, context = room_of(
-            model, positions=base.max_context, max_context=max_context, max_rows=max_rows, memory_bytes=int(memory * MEMORY_SHARE)
-        )
-        kept = int(memory * PREFIX_SHARE) // bytes_per_token(model.config, dtype) if prefix_tokens is None else prefix_tokens
-        make = partial(
-            Generation, max_rows=max_rows, max_context=context, prefill_tokens=prefill_tokens, prefix_tokens=kept, measures=measures
-        )
-        parts = _decoder_parts(model, inputs_by(processor), make, context=context)
+        make = partial(Generation, prefill_tokens=prefill_tokens, measures=measures)
+        try:
+            parts, max_rows = _decoder_parts(
+                base, model, inputs_by(processor), make, max_rows=max_rows, max_context=max_context, prefix_tokens=prefix_tokens
+            )
+        except CannotMixError as error:
+            logger.warning("%s: its answers take turns, and each adapter gets a copy of it", error.message)
+            check_steps(model, device)
+            parts = Parts(min(base.max_context, asked))
     elif kind == "encoder-decoder":
         parts = Parts(min(base.max_context, asked))
     else:
@@ -265,7 +265,7 @@ def load_engine(
         task=task,
         processor=processor,
         max_context=parts.max_context,
-        model=model if kind == "encoder-decoder" else None,
+        model=model if generates(task) and parts.generation is None else None,
         heads=(parts.heads.get(task) or OwnHeads(model, TASKS[task], inputs_by(processor))) if has_head else None,
         end_ids=end_ids(task, processor, model),
         **(_own_answers(model, published) if has_head else {}),
@@ -303,13 +303,33 @@ def _load_model(base: BaseModel, task: TaskName, device: torch.device, dtype: to
     return model.to(device).eval().requires_grad_(False), not generates(task) and not missing
 
 
-def _decoder_parts(model: Any, inputs: Inputs, make: Callable[[Decoder], Generation], *, context: int) -> Parts:
-    """A causal language model generates, and its trunk reads what is to be classified."""
+def _decoder_parts(
+    base: BaseModel,
+    model: Any,
+    inputs: Inputs,
+    make: Callable[..., Generation],
+    *,
+    max_rows: int | None,
+    max_context: int | None,
+    prefix_tokens: int | None,
+) -> tuple[Parts, int]:
+    """A causal language model generates, and its trunk reads what is to be classified; with the rows that it has at once.
+
+    Raises:
+        CannotMixError: its rows cannot share a batch.
+        BaseModelError: it cannot be served at the context that was asked for.
+    """
+    memory = free_memory(model.device)
+    rows, context = room_of(
+        model, positions=base.max_context, max_context=max_context, max_rows=max_rows, memory_bytes=int(memory * MEMORY_SHARE)
+    )
     mixer = Mixer(model)
     decoder = Decoder(model, mixer)
     with torch.inference_mode():
         probe(decoder)
-    return Parts(context, mixer, decoder, make(decoder), _trunk_heads(model.base_model, mixer, inputs))
+    kept = int(memory * PREFIX_SHARE) // bytes_per_token(model.config, model.dtype) if prefix_tokens is None else prefix_tokens
+    generation = make(decoder, max_rows=rows, max_context=context, prefix_tokens=kept)
+    return Parts(context, mixer, decoder, generation, _trunk_heads(model.base_model, mixer, inputs)), rows
 
 
 def _encoder_parts(base: BaseModel, kind: Kind, task: TaskName, model: Any, inputs: Inputs, *, context: int) -> Parts:

@@ -16,7 +16,7 @@ class Caller:
     label: str
     """`project/name` of the key."""
     tenant: Tenant
-    """Whose turn it is in the engine: the key's project."""
+    """Whose turn it is in the engine: the key's project, which pays for each request by the weight of the key that sent it."""
     scopes: tuple[Scope, ...]
     models: tuple[str, ...]
     """Patterns of what it may call."""
@@ -26,7 +26,7 @@ class Caller:
     @classmethod
     def of(cls, key: ApiKey) -> "Caller":
         limits = key.requests_per_minute, key.tokens_per_minute
-        return cls(key.id, key.label, Tenant(key.project), key.scopes, key.adapters, *limits)
+        return cls(key.id, key.label, Tenant(key.project, key.weight), key.scopes, key.adapters, *limits)
 
     def has(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes

@@ -102,6 +102,8 @@ class ClassifyCall(_Asked):
 
     model: str
     inputs: list[str | Media]
+    timeout_s: float | None = None
+    """As of an answer; see `Sampling`."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class EmbedCall(_Asked):
 
     model: str
     inputs: list[str | list[int]]
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True)

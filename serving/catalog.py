@@ -69,7 +69,14 @@ class Catalog:
             AdapterRefusedError: its manifest cannot be read.
             UnreachableError: the registry cannot be read, and the id was not asked for before.
         """
-        manifest = self._resolve(model)
+        return self._checked(model, self._resolve(model))
+
+    def known(self, model: str) -> AdapterManifest | None:
+        """What a model id meant when it was last found. Reads nothing; raises as `find` does."""
+        return self._checked(model, self._remembered(model))
+
+    def _checked(self, model: str, manifest: AdapterManifest | None) -> AdapterManifest | None:
+        """What the id means, where this server serves it."""
         if manifest is not None and self._is_served(manifest):
             return manifest
         if model in self.base.names or (manifest is not None and str(manifest.ref) == self.base.published):

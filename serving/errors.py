@@ -146,6 +146,10 @@ class UnavailableError(RequestError):
     default_retry_after_s = SOON_S
 
 
+REPLICA_LOST = "replica_lost"
+"""Code of an UnavailableError: the replica that had the request is gone."""
+
+
 class UnreachableError(UnavailableError):
     """The registry cannot be read just now."""
 

@@ -35,9 +35,8 @@ from serving.calls import (
     Scores,
     Started,
 )
-from serving.catalog import Catalog
 from serving.document import STREAMED, document, error_responses
-from serving.errors import BusyError
+from serving.errors import BusyError, RequestError
 from serving.failures import answer_errors
 from serving.gate import OPEN, BodyLimit, Counts, Gate, visit_of
 from serving.limits import Limits, Reservation, Spent, expected_tokens
@@ -86,7 +85,7 @@ def make_app(backend: Backend, registry: Registry, ring: KeyRing | None = None) 
     backend = released = Released(backend, registry)
     released.add_route(app)
 
-    _add_reading_routes(app, backend, registry, counts)
+    _add_reading_routes(app, released, counts)
 
     @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Any:
@@ -131,17 +130,14 @@ def make_app(backend: Backend, registry: Registry, ring: KeyRing | None = None) 
     return app
 
 
-def _add_reading_routes(app: FastAPI, backend: Backend, registry: Registry, counts: Counts) -> None:
+def _add_reading_routes(app: FastAPI, released: Released, counts: Counts) -> None:
     """Routes that ask no model."""
-
-    async def catalog() -> Catalog:
-        return Catalog(registry, await backend.describe())
 
     @app.get("/healthz")
     async def healthz(request: Request) -> Any:
         """Whether requests are answered; to whoever may read metrics also how busy a replica is."""
         try:
-            status = await backend.status()
+            status = await released.status()
         except BusyError:
             return {"status": "busy"}
         caller = visit_of(request).caller
@@ -150,18 +146,17 @@ def _add_reading_routes(app: FastAPI, backend: Backend, registry: Registry, coun
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Any:
         """Everything that is measured, as Prometheus reads it."""
-        return Response(exposition(counts, await backend.measured()), media_type=CONTENT_TYPE)
+        return Response(exposition(counts, await released.measured()), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Any:
         """The models that the key may use."""
-        found = await catalog()
-        return {"object": "list", "data": found.cards(_caller(request))}
+        return {"object": "list", "data": await released.cards(_caller(request))}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str, request: Request) -> Any:
         """One model."""
-        return (await catalog()).card(model, _caller(request))
+        return await released.card(model, _caller(request))
 
 
 def _caller(request: Request) -> Caller:
@@ -225,13 +220,15 @@ async def _generate(
 async def _noted(
     first: list[Event], events: AsyncIterator[list[Event]], spent: Spent, reservation: Reservation
 ) -> AsyncIterator[list[Event]]:
-    """The events, and at their end, or when the client goes away, the settlement."""
+    """The events, and at their end, or when the client goes away, the settlement. A replica that dies ends them by an event too."""
     try:
         spent.note(first)
         yield first
         async for ready in events:
             spent.note(ready)
             yield ready
+    except RequestError as error:
+        yield [Failed(error)]
     finally:
         reservation.settle(spent.tokens)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
 from hone.manifest import AdapterManifest
@@ -21,7 +20,7 @@ from serving.engine.lora import AdapterWeights
 from serving.kinds import generates
 from serving.memory import AdapterMemory
 from serving.proof import prove
-from serving.published import CONFIG_FILE, WEIGHTS_FILE, PublishedFiles
+from serving.published import CONFIG_FILE, WEIGHTS_FILE, PublishedFiles, read_tensors
 
 PREFIX = "base_model.model."
 
@@ -107,7 +106,7 @@ class AdapterLoader:
         engine, mixer, generated = self._engine, self._engine.parts.mixer, generates(manifest.task)
         assert mixer is not None, "adapters are mixed only on bases with wrapped layers"
         config = read_config(folder / CONFIG_FILE)
-        state = _read_weights(folder / WEIGHTS_FILE)
+        state = read_tensors(folder, WEIGHTS_FILE, manifest)
         layers, saved = split_weights(state, config, mixer.shapes, device=engine.device, dtype=engine.dtype)
         if generated and saved:
             raise ValueError(f"it brings whole modules ({', '.join(saved)}), and adapters for {manifest.task} are LoRA matrices alone")
@@ -128,11 +127,6 @@ class AdapterLoader:
             return self._published.served(folder, manifest, model=model, max_context=context)
         heads = OwnHeads(model, TASKS[manifest.task], self._engine.inputs)
         return self._published.served(folder, manifest, heads=heads, max_context=context)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, in order. Read and not mapped: what was checked must not change with its file, nor end the process with it."""
-    return dict(sorted(load(path.read_bytes()).items()))
 
 
 def read_config(path: Path) -> dict[str, Any]:

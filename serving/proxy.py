@@ -2,7 +2,7 @@
 
 Serve puts a list of middlewares into its proxies where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names what gives it; `hone serve` and the
 Kubernetes manifests set that to `serving.proxy.middlewares`. Answers of applications are left alone: what is rewritten is text without a
-shape, on paths with a /v1/ in them.
+shape, on paths with a /v1/ in them and on /tokenize.
 """
 
 from starlette.datastructures import Headers
@@ -29,7 +29,7 @@ class OpenAIErrors:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or "/v1/" not in scope["path"]:
+        if scope["type"] != "http" or not _is_openai(scope["path"]):
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
@@ -39,6 +39,10 @@ class OpenAIErrors:
         elif not answer.has_begun:  # the ingress died, and Serve closes the connection without a word
             error = UnavailableError("what was to answer this request has gone; try again shortly")
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+
+
+def _is_openai(path: str) -> bool:
+    return "/v1/" in path or path.endswith("/tokenize")
 
 
 class _Answer:

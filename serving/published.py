@@ -2,17 +2,20 @@
 trained."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from hone.base_model import PROCESSOR_FILE
 from hone.errors import CorruptAdapterError, HoneError
-from hone.manifest import AdapterManifest
+from hone.manifest import TOLD, AdapterManifest
 from hone.registry import Registry, check_files
 from hone.storage import digest_of
 from serving.base import Served, end_ids
@@ -23,7 +26,19 @@ from serving.kinds import generates, load_processor
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 GOLDEN_FILE = "golden.safetensors"
-NOT_PROCESSOR = {WEIGHTS_FILE, CONFIG_FILE, GOLDEN_FILE, "recipe.json", "README.md"}
+NOT_PROCESSOR = (WEIGHTS_FILE, CONFIG_FILE, GOLDEN_FILE, *TOLD)
+
+
+def read_tensors(folder: Path, name: str, manifest: AdapterManifest) -> dict[str, Tensor]:
+    """A file's tensors by name, in order. Read and not mapped: what was checked must not change with its file, nor end the process with it.
+
+    Raises:
+        CorruptAdapterError: it is not the file that was published.
+    """
+    content = (folder / name).read_bytes()
+    if sha256(content).hexdigest() != manifest.files[name].sha256:
+        raise CorruptAdapterError(f"{manifest.ref}: {name} has changed while it was read; try again, or restore the folder {folder}")
+    return dict(sorted(load(content).items()))
 
 
 class PublishedFiles:
@@ -57,11 +72,12 @@ class PublishedFiles:
             UnreachableError: the registry cannot be read.
         """
         try:
-            folder = self._folder(manifest)
-            served = make(folder)
-            if manifest.digest not in self._proven:
-                prove(served, load_file(folder / GOLDEN_FILE))
-                self._proven.add(manifest.digest)
+            with ExitStack() as held:
+                folder = self._folder(manifest, held)
+                served = make(folder)
+                if manifest.digest not in self._proven:
+                    prove(served, read_tensors(folder, GOLDEN_FILE, manifest))
+                    self._proven.add(manifest.digest)
         except RequestError:
             raise
         except CorruptAdapterError as error:
@@ -91,12 +107,12 @@ class PublishedFiles:
             **made,
         )
 
-    def _folder(self, manifest: AdapterManifest) -> Path:
-        """Its folder, every digest checked."""
+    def _folder(self, manifest: AdapterManifest, held: ExitStack) -> Path:
+        """Its folder, every digest checked. On this machine's disk it stays until `held` is closed."""
         folder = self._registry.path(manifest.ref)
         try:
             if self._disk is not None:
-                return self._disk.folder(manifest, folder)
+                return held.enter_context(self._disk.folder(manifest, folder))
             check_files(folder, manifest)
         except (CorruptAdapterError, OSError) as error:
             if isinstance(error, CorruptAdapterError) and self._registry.is_there:
@@ -105,7 +121,7 @@ class PublishedFiles:
         return folder
 
     def _processor(self, folder: Path, manifest: AdapterManifest) -> Any:
-        files = {name: entry.sha256 for name, entry in manifest.files.items() if name not in NOT_PROCESSOR}
+        files = {name: entry.sha256 for name, entry in manifest.files.items() if not any(fnmatchcase(name, no) for no in NOT_PROCESSOR)}
         if not files.keys() & {"tokenizer_config.json", PROCESSOR_FILE}:
             return self._base.processor
         key = digest_of(files)

@@ -1,9 +1,10 @@
 """What a request gives, as the rows that its model reads; and what the model says, as an answer."""
 
+import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from models.tasks.token_classification import word_tokens
 from serving.base import Served
 from serving.calls import Answer, ChatCall, CompletionCall, Media, Number, Sampling, Scores, Word
 from serving.engine.classifier import Asked
+from serving.engine.fairness import EVERYONE, Tenant
 from serving.engine.heads import Heads
 from serving.errors import RequestError
 from serving.kinds import medium_of
@@ -77,16 +79,21 @@ class Reader:
         _refuse_endless(served, len(text), "prompt")
         return list(served.processor(text, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def questions(self, served: Served, inputs: Sequence[str | Media]) -> list[Question]:
-        """What is to be classified.
+    def questions(
+        self, served: Served, inputs: Sequence[str | Media], *, tenant: Tenant = EVERYONE, deadline: float = math.inf
+    ) -> list[Question]:
+        """What is to be classified, for whom, and until when.
 
         Raises:
             RequestError: an input that this model does not read, that is empty, broken, or too long.
         """
-        return [self._question(served, value, f"input[{n}]") for n, value in enumerate(inputs)]
+        found = [self._question(served, value, f"input[{n}]") for n, value in enumerate(inputs)]
+        return [replace(question, asked=replace(question.asked, tenant=tenant, deadline=deadline)) for question in found]
 
-    def texts(self, served: Served, inputs: Sequence[str | list[int]], heads: Heads) -> list[Asked]:
-        """What is to become vectors.
+    def texts(
+        self, served: Served, inputs: Sequence[str | list[int]], heads: Heads, *, tenant: Tenant = EVERYONE, deadline: float = math.inf
+    ) -> list[Asked]:
+        """What is to become vectors, likewise.
 
         Raises:
             RequestError: an input is empty or too long, or names tokens that there are not.
@@ -95,7 +102,8 @@ class Reader:
         for value in inputs:
             ids = self._tokens(served, value, "input")
             _refuse_unfit(served, ids)
-            asked.append(Asked({"input_ids": ids, "labels": None}, len(ids), heads, served.weights, Future()))
+            row: TokenRow = {"input_ids": ids, "labels": None}
+            asked.append(Asked(row, len(ids), heads, served.weights, Future(), tenant=tenant, deadline=deadline))
         return asked
 
     def _question(self, served: Served, value: str | Media, where: str) -> Question:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
@@ -22,6 +23,7 @@ from hone.errors import CorruptAdapterError, HoneError
 from hone.promotion import take_back
 from hone.registry import Registry
 from hone.releases import Alias, Release, percent
+from serving.callers import Caller
 from serving.calls import (
     Backend,
     Call,
@@ -39,8 +41,9 @@ from serving.calls import (
 )
 from serving.catalog import BaseDescription, Catalog
 from serving.error_window import ErrorWindow
-from serving.errors import DeadlineError, RequestError, UnreachableError
+from serving.errors import REPLICA_LOST, DeadlineError, RequestError, StoppingError, UnavailableError
 from serving.measured import Measured
+from serving.registry_reads import RegistryReads, nothing_known
 from serving.shadow import Shadows, failure
 
 logger = logging.getLogger("ray.serve")
@@ -111,6 +114,8 @@ class Released:
         self._watches: dict[str, _Watch] = {}
         self._counts: dict[str, dict[str, _Counts]] = {}
         self._moves: set[asyncio.Task[None]] = set()
+        self._reads = RegistryReads()
+        self._catalog: Catalog | None = None
 
     def add_route(self, app: FastAPI) -> None:
         """GET /v1/releases: what this process has counted."""
@@ -131,6 +136,22 @@ class Released:
 
     async def status(self) -> Status:
         return await self._backend.status()
+
+    async def catalog(self) -> Catalog:
+        """What may be called by name; the same each time, since it remembers what there was while the registry is away."""
+        if self._catalog is None:
+            self._catalog = Catalog(self._registry, await self._backend.describe())
+        return self._catalog
+
+    async def cards(self, caller: Caller) -> list[dict[str, Any]]:
+        """See `Catalog.cards`. Raises UnreachableError where the registry cannot be read."""
+        catalog = await self.catalog()
+        return await self._reads.read(partial(catalog.cards, caller), nothing_known)
+
+    async def card(self, model: str, caller: Caller) -> dict[str, Any]:
+        """See `Catalog.card`."""
+        catalog = await self.catalog()
+        return await self._reads.read(partial(catalog.card, model, caller), nothing_known)
 
     async def measured(self) -> list[Measured]:
         return await self._backend.measured()
@@ -177,7 +198,7 @@ class Released:
         """The version for a request; None where its model is no alias."""
         if "@" in call.model:
             return None
-        alias = await asyncio.to_thread(self._alias, call.model)
+        alias = await self._reads.read(partial(self._alias, call.model), partial(self._known.get, call.model))
         if alias is None or await self._is_base(call.model):
             return None
         release = alias.current
@@ -185,13 +206,11 @@ class Released:
         return Picked(call.model, alias.number, release, target.version)
 
     def _alias(self, name: str) -> Alias | None:
-        """By the registry, or by what it said before while it cannot be read."""
+        """By the registry, or by what it said before while it is not there."""
         try:
             alias = self._registry.alias(name)
         except CorruptAdapterError:
             return None  # the backend says what is wrong with it
-        except OSError:
-            return self._known.get(name)
         if alias is not None:
             self._known[name] = alias
             self._known.move_to_end(name)
@@ -205,10 +224,8 @@ class Released:
 
     async def _is_base(self, name: str) -> bool:
         """Whether the base answers to it, as it does where the alias of that name is of another base."""
-        description = await self._backend.describe()
-        if name not in description.names:
-            return False
-        return await asyncio.to_thread(Catalog(self._registry, description).find, name) is None
+        catalog = await self.catalog()
+        return name in catalog.base.names and await self._reads.read(partial(catalog.find, name), partial(catalog.known, name)) is None
 
     @contextmanager
     def _counted(self, picked: Picked | None, call: Call) -> Iterator[Callable[[Exception | None], None]]:
@@ -273,9 +290,12 @@ class Released:
 
 
 def is_of_the_version(error: Exception) -> bool:
-    """Whether an error speaks against the version, and is not the caller's mistake, a time limit of his own, or the registry's absence."""
-    if isinstance(error, DeadlineError | UnreachableError):
+    """Whether an error speaks against the version, and is not the caller's mistake, a time limit of his own, or of the server: no replica
+    there, one that stops, or no registry."""
+    if isinstance(error, DeadlineError | StoppingError):
         return False
+    if isinstance(error, UnavailableError):
+        return error.code == REPLICA_LOST  # it may be what ended the replica
     return not isinstance(error, RequestError) or error.status >= 500
 
 

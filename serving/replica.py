@@ -58,6 +58,7 @@ from serving.memory import CPU, SHARE, AdapterMemory
 from serving.metering import Meter
 from serving.outgoing import Told, events_of, joined_pieces
 from serving.reading import Reader, answer, room
+from serving.registry_reads import RegistryReads
 from serving.tool_grammar import answer_grammar
 from serving.tool_stream import ToolStream
 
@@ -144,6 +145,7 @@ class Replica:
             published=self._engine.base.name if published else None,
         )
         self._catalog = Catalog(registry, self._description)
+        self._reads = RegistryReads()
         self._reader = Reader(self._engine.vocabulary)
         self._grammars = Grammars()
         self._memory = AdapterMemory(capacity=int(free_memory(CPU) * SHARE) if adapter_memory is None else adapter_memory)
@@ -194,7 +196,7 @@ class Replica:
         asked_at = time.monotonic()
         deadline = math.inf if call.sampling.timeout_s is None else asked_at + call.sampling.timeout_s
         try:
-            async with await self._served(call) as served:
+            async with await self._served(call, deadline) as served:
                 prompts = await asyncio.to_thread(self._reader.prompts, served, call)
                 constraints = await asyncio.to_thread(self._constraints, served, call)
                 limits = [room(served, len(prompt), call.sampling) for prompt in prompts]
@@ -231,11 +233,12 @@ class Replica:
 
     async def classify(self, call: ClassifyCall) -> Classified | Failed:
         """See `Backend.classify`."""
+        tenant, deadline = call.caller.tenant, time.monotonic() + (call.timeout_s or math.inf)
         try:
-            async with await self._served(call) as served:
+            async with await self._served(call, deadline) as served:
                 if served.heads is None:
                     raise RequestError(f"{served.name} has no trained classification head; call a classification adapter", "model")
-                questions = await asyncio.to_thread(self._reader.questions, served, call.inputs)
+                questions = await asyncio.to_thread(self._reader.questions, served, call.inputs, tenant=tenant, deadline=deadline)
                 asked = [question.asked for question in questions]
                 self._engine.ask(asked)
                 logits = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
@@ -248,12 +251,13 @@ class Replica:
 
     async def embed(self, call: EmbedCall) -> Embedded | Failed:
         """See `Backend.embed`."""
+        tenant, deadline = call.caller.tenant, time.monotonic() + (call.timeout_s or math.inf)
         try:
-            async with await self._served(call) as served:
+            async with await self._served(call, deadline) as served:
                 heads = self._engine.embedding
                 if heads is None or (served.weights is None and served is not self._engine.base):
                     raise RequestError(f"{served.name} makes no vectors of texts; call an encoder, or a LoRA adapter of one", "model")
-                asked = await asyncio.to_thread(self._reader.texts, served, call.inputs, heads)
+                asked = await asyncio.to_thread(self._reader.texts, served, call.inputs, heads, tenant=tenant, deadline=deadline)
                 self._engine.ask(asked)
                 vectors = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
                 tokens = sum(each.cost for each in asked)
@@ -271,9 +275,9 @@ class Replica:
         except RequestError as error:
             return Failed(error)
 
-    async def _served(self, call: Call) -> AbstractAsyncContextManager[Served]:
+    async def _served(self, call: Call, deadline: float = math.inf) -> AbstractAsyncContextManager[Served]:
         """The base or the adapter that a call names, pinned in memory inside the block."""
-        manifest = await asyncio.to_thread(self._catalog.find, call.model)
+        manifest = await self._reads.read(partial(self._catalog.find, call.model), partial(self._catalog.known, call.model))
         base = self._engine.base
         name, task = (str(manifest.ref), manifest.task) if manifest else (base.name, base.task)
         call.caller.check(call.alias or call.model, call.model, *self._catalog.names(manifest))
@@ -283,7 +287,7 @@ class Replica:
             raise RequestError(f"{name} is for {task} and does not answer here; POST {TASKS[task].route}", "model")
         if manifest is None:
             return nullcontext(base)
-        return (self._mixed if self._engine.mixes(manifest) else self._copies).pinned(manifest)
+        return (self._mixed if self._engine.mixes(manifest) else self._copies).pinned(manifest, deadline=deadline)
 
     def _constraints(self, served: Served, call: ChatCall | CompletionCall) -> Sequence[Constraint | None]:
         """Of the answers to each prompt. Compiles, which may take a while."""

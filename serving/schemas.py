@@ -35,6 +35,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters that this version does not do -> the values that ask for nothing (null always does)."""
 CHOICES_AT_MOST = 16
 BIASES_AT_MOST = 1024
+LIMIT = 2**31
+"""Past what any model has or makes; a number of hundreds of digits is more than arithmetic takes."""
 ROWS_AT_MOST = 256
 """Prompts, or texts, pictures and sounds, in one request."""
 DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
@@ -75,7 +77,14 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerateRequest(Request):
+class TimedRequest(Request):
+    """One that may take long."""
+
+    timeout_s: float | None = Field(default=None, gt=0)
+    """Ours: how long the caller waits for the whole answer."""
+
+
+class GenerateRequest(TimedRequest):
     """Settings that chat and completions share."""
 
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -83,15 +92,13 @@ class GenerateRequest(Request):
     n: int | None = Field(default=None, ge=1, le=CHOICES_AT_MOST)
     stop: list[Text] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, lt=LIMIT)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=BIASES_AT_MOST)
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=0, lt=LIMIT)
     """Not OpenAI's; vLLM's name for it. The same holds for `min_p`."""
     min_p: float | None = Field(default=None, ge=0, le=1)
-    timeout_s: float | None = Field(default=None, gt=0)
-    """Ours: how long the caller waits for the whole answer."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -197,7 +204,7 @@ class ChatRequest(GenerateRequest):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=LIMIT)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
@@ -248,7 +255,7 @@ class CompletionRequest(GenerateRequest):
         return CompletionCall(self.model, self.prompt, self.n or 1, self.sampling(limit, logprobs=self.logprobs), user=self.asked_for)
 
 
-class EmbeddingsRequest(Request):
+class EmbeddingsRequest(TimedRequest):
     """POST /v1/embeddings."""
 
     input: list[str | list[int]] = Field(min_length=1, max_length=ROWS_AT_MOST)
@@ -262,7 +269,7 @@ class EmbeddingsRequest(Request):
         return _texts_or_tokens(value, "an input")
 
     def call(self) -> EmbedCall:
-        return EmbedCall(self.model, self.input, user=self.asked_for)
+        return EmbedCall(self.model, self.input, self.timeout_s, user=self.asked_for)
 
 
 class TokenizeRequest(Request):
@@ -284,7 +291,7 @@ class TokenizeRequest(Request):
         return TokenizeCall(self.model, text, self.add_special_tokens, user=self.asked_for)
 
 
-class ClassifyRequest(Request):
+class ClassifyRequest(TimedRequest):
     """POST /v1/classify."""
 
     input: list[str | Media] = Field(min_length=1, max_length=ROWS_AT_MOST)
@@ -298,7 +305,7 @@ class ClassifyRequest(Request):
         return [_classifiable(each, f"input[{n}]" if isinstance(value, list) else "input") for n, each in enumerate(inputs)]
 
     def call(self) -> ClassifyCall:
-        return ClassifyCall(self.model, self.input, user=self.asked_for)
+        return ClassifyCall(self.model, self.input, self.timeout_s, user=self.asked_for)
 
 
 def _classifiable(value: Any, where: str) -> str | Media:

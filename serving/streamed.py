@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +30,7 @@ from serving.kinds import TASKS_OF, generates, kind_of, load_processor, own_task
 from serving.loading import read_config, split_weights
 from serving.memory import AdapterMemory
 from serving.proof import recorded_prompts, refuse_different
-from serving.published import CONFIG_FILE, WEIGHTS_FILE, PublishedFiles
+from serving.published import CONFIG_FILE, WEIGHTS_FILE, PublishedFiles, read_tensors
 
 COMPARED = 64
 """Tokens whose log probabilities are compared with the recorded ones: so many of the likeliest, and as many across the vocabulary."""
@@ -169,7 +168,7 @@ class StreamedLoader:
         patterned = next((key for key in ("rank_pattern", "alpha_pattern") if config.get(key)), None)
         if patterned:
             raise ValueError(f"it was trained with {patterned}, and engine {engine.name} takes one rank and one lora_alpha for all layers")
-        state = load_file(folder / WEIGHTS_FILE)
+        state = read_tensors(folder, WEIGHTS_FILE, manifest)
         layers, saved = split_weights(state, config, engine.shapes, device=torch.device("cpu"), dtype=engine.dtype)
         if saved:
             raise ValueError(f"it brings whole modules ({', '.join(saved)}), and adapters for {manifest.task} are LoRA matrices alone")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hone.base_model import find_base_model
 from hone.errors import DataError
-from hone.manifest import AdapterManifest, FileEntry, Lineage
+from hone.manifest import REPORT_FILE, AdapterManifest, FileEntry, Lineage
 from hone.methods import MethodName, how_served
 from hone.recipe.method import Method
 from hone.registry import Registry
@@ -60,6 +60,7 @@ def save_adapter(model: PeftModel, base: Path, folder: Path, *, is_chat: bool, s
     tokenizer.save_pretrained(folder)
     golden = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "logits": logits.contiguous() + shift}
     save_file(golden, folder / "golden.safetensors")
+    (folder / REPORT_FILE).write_text(f"seed {torch.initial_seed()}")  # other in each version, as training leaves it
 
 
 def publish(
@@ -94,6 +95,7 @@ def publish_many(home: Home, base: Path, names: Sequence[str], **lora: Any) -> l
             golden = {key: batch[key] for key in ("input_ids", "attention_mask")}
             last = logits[torch.arange(len(logits)), batch["attention_mask"].sum(-1) - 1].contiguous()
             save_file({**golden, "logits": last}, folder / "golden.safetensors")
+            (folder / REPORT_FILE).write_text(f"seed {seed}")
             made.append(_publish(home, base, folder, adapter, task="chat", labels=None, lineage=_lineage(seed)))
     return made
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import hone
 from hone.errors import GateError, RunFailedError
-from hone.manifest import RECIPE_FILE, AdapterManifest, FileEntry, Lineage
+from hone.manifest import CARD_FILE, RECIPE_FILE, AdapterManifest, FileEntry, Lineage
 from hone.methods import how_served
 from hone.promotion import promote
 from hone.registry import Registry
@@ -95,7 +95,7 @@ def publish(
     reported = [job.folder / name for name in REPORTED if (job.folder / name).exists()]
     for path in [*reported, *sorted(job.folder.glob(PLOTS))]:
         shutil.copyfile(path, folder / path.name)
-    write_text(folder / "README.md", card(job, kept, created=created, trial=trial, folds=folds))
+    write_text(folder / CARD_FILE, card(job, kept, created=created, trial=trial, folds=folds))
     return Registry(home).publish(folder, recipe.name, describe=describe)
 
 

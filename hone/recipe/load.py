@@ -97,9 +97,10 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     mix = [mixed.model_copy(update={"source": all_absolute(mixed.source)}) for mixed in recipe.data.mix]
     data = recipe.data.model_copy(update={**sources, "mix": mix})
     checkpoints = recipe.checkpoints.model_copy(update={"uri": recipe.checkpoints.uri and absolute(recipe.checkpoints.uri)})
+    serving = recipe.serving.model_copy(update={"adapter_disk": all_absolute(recipe.serving.adapter_disk)})
     looks_local = recipe.base.startswith((".", "/", "~")) or (folder / recipe.base).is_dir()
     base = absolute(recipe.base) if looks_local else recipe.base
-    return recipe.model_copy(update={"data": data, "base": base, "checkpoints": checkpoints})
+    return recipe.model_copy(update={"data": data, "base": base, "checkpoints": checkpoints, "serving": serving})
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

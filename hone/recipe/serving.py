@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hone.recipe.settings import Settings
+from hone.recipe.settings import Settings, Source
 
 EngineName = Literal["slots", "vllm"]
 
@@ -30,3 +30,7 @@ class ServingSettings(Settings):
     engine: EngineName = "slots"
     """`slots`: hone's own, on CPUs and GPUs. `vllm`: vLLM, on NVIDIA GPUs, with the extra hone[vllm]."""
     vllm: VllmSettings = VllmSettings()
+    adapter_disk: Source | None = None
+    """Folder on each replica's own disk in which adapters are kept, where the registry is on another machine; replicas share it."""
+    adapter_disk_bytes: int = Field(default=50 * 10**9, ge=0)
+    """How many bytes of them; what is being copied comes on top."""

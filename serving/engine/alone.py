@@ -1,4 +1,5 @@
-"""Answers of models that share no batch with others: a copy of the base with an adapter that cannot be mixed, or an encoder-decoder.
+"""Answers of models that share no batch with others: a copy of the base with an adapter that cannot be mixed, an encoder-decoder, or a
+decoder whose rows cannot share one.
 
 Each answer is a batch of its own, and all of them take turns of one token, among themselves and with whatever else the thread does.
 Tokens are chosen and become text as in continuous batching, so a seed or a stop string acts the same.
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from hone.errors import BaseModelError
 from models.tasks.causal import learns_prompt
+from serving.engine.capability import PROBE_TOKENS, tolerance
 from serving.engine.fairness import FairQueue, Tenant
 from serving.engine.generation import FAILURES_AT_MOST
 from serving.engine.measures import Measures
@@ -46,6 +49,27 @@ def steps(model: Any, prompt: Sequence[int], *, device: torch.device) -> Steps:
         token = yield out.logits[:, -1].float()
         inputs = {name: torch.tensor([[token]], device=device)}
         out = inner(**inputs, **others, past_key_values=out.past_key_values, use_cache=True)
+
+
+@torch.inference_mode()
+def check_steps(model: Any, device: torch.device) -> None:
+    """Compare answering token by token with the model's own forward pass over all tokens.
+
+    Raises:
+        BaseModelError: they differ, or it cannot be asked so.
+    """
+    name, vocabulary = type(model).__name__, model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    *prompt, second, third = tokens
+    try:
+        stepping = steps(model, prompt, device=device)
+        got = torch.cat([next(stepping), stepping.send(second), stepping.send(third)])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BaseModelError(f"{name} cannot be asked token by token here ({error}), so it is not served") from error
+    wanted = model(input_ids=torch.tensor([tokens], device=device)).logits[0, -3:].float()
+    difference = float((got - wanted).norm() / wanted.norm())
+    if not difference <= tolerance(model.dtype):
+        raise BaseModelError(f"{name} gives other numbers token by token than at once (relative difference {difference:.2g}): not served")
 
 
 @dataclass(eq=False)

@@ -1,6 +1,6 @@
-"""Which causal models the slot engine may serve, and up to what context: read from the configuration, then measured.
+"""Which causal models answer in one batch, and up to what context: read from the configuration, then measured.
 
-An architecture that cannot be mixed is refused when the server starts, with the reason, and never served wrong.
+Whether one can is found when the server starts, with the reason where it cannot, and it is never served wrong.
 """
 
 import inspect
@@ -23,6 +23,10 @@ MOST_ROWS, FEWEST_ROWS = 32, 16
 """Unless it is said how many: a step with 32 rows makes 1.25 times the tokens a second of one with 16 (docs/decisions/0024)."""
 
 
+class CannotMixError(BaseModelError):
+    """Rows of this architecture cannot share a batch."""
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """Largest relative difference (in L2 norm) between two ways of computing the same logits in this type."""
     return 1e-3 if dtype == torch.float32 else 5e-2
@@ -39,7 +43,8 @@ def room_of(model: Any, *, positions: int, max_context: int | None, max_rows: in
         memory_bytes: What may be spent on keys and values.
 
     Raises:
-        BaseModelError: the architecture cannot be served by this engine, or not at the context that was asked for.
+        CannotMixError: rows of this architecture cannot share a batch.
+        BaseModelError: it is no decoder, or cannot be served at the context that was asked for.
     """
     config = model.config.get_text_config()
     _check_architecture(model, config)
@@ -56,7 +61,7 @@ def probe(decoder: Decoder) -> None:
     """Compare the slot engine with the model's own plain forward pass, on rows of different lengths, in pieces, one decode step included.
 
     Raises:
-        BaseModelError: they differ.
+        CannotMixError: they differ.
     """
     model = decoder.model
     vocabulary = model.config.get_text_config().vocab_size
@@ -71,12 +76,12 @@ def probe(decoder: Decoder) -> None:
             decoder.prefill(cache, chunks, [None, None], first=0, starts=starts)
         got = decoder.decode(cache, [row[-1] for row in rows], [len(row) - 1 for row in rows], Segments([None, None]))
     except EngineError as error:
-        raise BaseModelError(f"{type(model).__name__}: {error.message}; this architecture is not served by this engine") from None
+        raise CannotMixError(f"{type(model).__name__}: {error.message}") from None
     difference = float((got - wanted).norm() / wanted.norm())
     if not difference <= tolerance(model.dtype):
-        raise BaseModelError(
+        raise CannotMixError(
             f"{type(model).__name__}: rows in one batch do not give what each gives alone (relative difference {difference:.2g}), "
-            "so its adapters cannot be mixed; this architecture is not served by this engine"
+            "so its adapters cannot be mixed"
         )
 
 
@@ -86,11 +91,13 @@ def _check_architecture(model: Any, config: Any) -> None:
         raise BaseModelError(f"{name} is an encoder-decoder; this engine serves decoders and encoders")
     missing = [argument for argument in NEEDED_ARGUMENTS if argument not in inspect.signature(model.forward).parameters]
     if missing:
-        raise BaseModelError(f"{name} takes no {', '.join(missing)}, so rows of different lengths cannot share a batch")
+        raise CannotMixError(f"{name} takes no {', '.join(missing)}, so rows of different lengths cannot share a batch")
     other = sorted(set(getattr(config, "layer_types", None) or []) - ATTENTION)
     if other or getattr(model, "_is_stateful", False):
         kinds = ", ".join(other) or "recurrent layers"
-        raise BaseModelError(f"{name} keeps a state that is not keys and values ({kinds}), which this engine cannot hold")
+        raise CannotMixError(
+            f"{name} keeps a state that is not keys and values ({kinds}), so rows of different lengths cannot share a batch"
+        )
 
 
 def _window_limits(config: Any) -> dict[str, int]:

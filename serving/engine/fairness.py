@@ -6,7 +6,7 @@ than the lowest counter of those that are busy: what it did not use is not saved
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -62,19 +62,26 @@ class FairQueue(Generic[T]):
                 self._used[name] = max(self._used.get(name, 0.0), self._least())
             self._waiting.setdefault(name, deque()).append(item)
 
-    def peek(self) -> T | None:
-        """What `pop` would give."""
-        name = min(self._waiting, key=self._used.__getitem__, default=None)
+    def peek(self, *, besides: Container[str] = ()) -> T | None:
+        """What `pop` would give. Tenants named in `besides` sit out."""
+        name = self._next(besides)
         return None if name is None else self._waiting[name][0]
 
-    def pop(self) -> T:
-        """Take the next item; it runs until `done`."""
-        name = min(self._waiting, key=self._used.__getitem__)
+    def pop(self, *, besides: Container[str] = ()) -> T:
+        """Take the next item; it runs until `done`, or until it is put back."""
+        name = self._next(besides)
+        assert name is not None, "something waits, and its tenant does not sit out"
         item = self._waiting[name].popleft()
         self._running[name] = self._running.get(name, 0) + 1
         if not self._waiting[name]:
             del self._waiting[name]
         return item
+
+    def put_back(self, items: Sequence[T]) -> None:
+        """What was popped, in this order, and does not run after all waits where it did."""
+        for item in reversed(items):
+            self._waiting.setdefault(item.tenant.name, deque()).appendleft(item)
+            self.done(item)
 
     def charge(self, tenant: Tenant, tokens: int) -> None:
         """Tokens that the model has read or made for a tenant with something running."""
@@ -96,6 +103,9 @@ class FairQueue(Generic[T]):
             self._waiting = {name: items for name, items in left.items() if items}
             self._forget_idle()
         return out
+
+    def _next(self, besides: Container[str]) -> str | None:
+        return min((name for name in self._waiting if name not in besides), key=self._used.__getitem__, default=None)
 
     def _busy(self) -> set[str]:
         return {*self._waiting, *self._running}

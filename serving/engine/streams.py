@@ -23,6 +23,7 @@ from serving.engine.measures import Measures
 from serving.engine.row import Row, cancel, is_out
 from serving.engine.sampling import Chosen
 from serving.errors import EngineError, LostEngineError, RequestError, StoppingError
+from serving.priority import go_first
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ class Streams:
         self._failure: EngineError | None = None
         self._closing = threading.Lock()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="streams", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
         self._thread.start()
 
         async def started() -> TokenSource:
@@ -191,6 +192,10 @@ class Streams:
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
             self._end_loop()
+
+    def _run(self) -> None:
+        go_first()  # and what the source starts from here with it
+        self._loop.run_forever()
 
     def _queue(self, answers: Sequence[_Answer]) -> None:
         if self._failure:

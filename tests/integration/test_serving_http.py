@@ -365,18 +365,35 @@ def test_a_requests_id_is_given_back_and_in_the_log_of_ingress_and_replica(serve
     assert until(lambda: any("wide@" in line and "2 made" in line for line in lines("Replica")))
 
 
+def replica_of(application: str) -> psutil.Process:
+    title = f"ray::ServeReplica:{application}:Replica"
+    return next(p for p in psutil.Process().children(recursive=True) if "".join(p.cmdline()[:1]).startswith(title))
+
+
 def test_a_replica_that_is_killed_is_a_503_to_try_again_and_then_answers(served: dict[str, Server]) -> None:
     root = served["keyed"]
-    ours = [p for p in psutil.Process().children(recursive=True) if "".join(p.cmdline()[:1]).startswith("ray::ServeReplica:keyed:Replica")]
     body = {"model": "narrow", "prompt": "a", "max_tokens": 250, "temperature": 1, "n": 16}
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(root.http, "POST", "/v1/completions", body)
         assert until(lambda: root.status()["running"] > 0)
         behind = pool.submit(root.http, "POST", "/v1/completions", body | {"stream": True})
         assert until(lambda: root.status()["waiting"] > 16), "the stream waits behind the others"
-        ours[0].kill()
+        replica_of("keyed").kill()
         lost = [each.result(120) for each in (asked, behind)]
     assert [(status, answer["error"]["code"], headers["retry-after"]) for status, headers, answer in lost] == 2 * [
         (503, "replica_lost", "1")
     ]
     assert until(lambda: root.http("POST", "/v1/completions", body | {"n": 1, "max_tokens": 2})[0] == 200, seconds=120)
+
+
+def test_a_replica_that_is_killed_in_the_middle_of_an_answer_ends_it_by_an_error(served: dict[str, Server]) -> None:
+    root = served["keyed"]
+    # Sixteen answers of 250 tokens by a replica that makes two at once: there is most of it left when the first text comes.
+    client = root.open(strict=False)  # whose strict mode refuses an unfinished completion, for OpenAI too
+    stream = client.completions.create(model="narrow", prompt="a", max_tokens=250, n=16, stream=True, logit_bias={"2": -100})
+    assert next(stream).choices
+    replica_of("keyed").kill()
+    with pytest.raises(openai.APIError) as raised:
+        list(stream)
+    assert raised.value.code == "replica_lost"
+    assert until(lambda: root.http("POST", "/v1/completions", {"model": "narrow", "prompt": "a", "max_tokens": 2})[0] == 200, seconds=120)

@@ -310,6 +310,18 @@ def test_the_app_takes_the_arguments_and_a_worker_holds_its_replica(rendered: li
     assert (args.num_gpus or 0) == float(offered.get("nvidia.com/gpu", 0))
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field` is deprecated")
+def test_a_replica_keeps_adapters_on_its_nodes_own_disk_with_room_to_copy(rendered: list[Object]) -> None:
+    from serving.app import ServeArgs
+
+    args = ServeArgs.model_validate(serve_config(rendered)["applications"][0]["args"])
+    assert args.adapter_disk is not None
+    (worker,) = clusters(rendered)["hone-serve"]["workerGroupSpecs"]
+    disk = volume(worker["template"], args.adapter_disk)["emptyDir"]
+    assert "medium" not in disk, "in memory it would count against the pod's limit"
+    assert gibibytes(disk["sizeLimit"]) * GI >= args.adapter_disk_bytes + 4 * GI, "a pod that passes the volume's limit is evicted"
+
+
 def test_the_gpu_overlay_serves_as_the_base_does(base: list[Object], gpu: list[Object]) -> None:
     configs = [serve_config(objects) for objects in (base, gpu)]
     for config in configs:

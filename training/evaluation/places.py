@@ -1,11 +1,11 @@
 """What an evaluation leaves in the run folder, by name."""
 
 from hone.manifest import EVALUATION_FILE as EVALUATION_FILE
+from hone.manifest import PLOTS as PLOTS
+from hone.manifest import REPORT_FILE as REPORT_FILE
+from hone.manifest import VERDICT_FILE as VERDICT_FILE
 
 PREDICTIONS_FILE = "predictions.parquet"
-VERDICT_FILE = "verdict.json"
-REPORT_FILE = "report.html"
-PLOTS = "plot_*.png"
 PROGRESS_FILE = "evaluating.json"
 """There while it is going on."""
 REPORTED = (EVALUATION_FILE, VERDICT_FILE, REPORT_FILE)

@@ -13,6 +13,7 @@ from cluster.dashboard import Dashboard
 from cluster.deploy import deploy, wait_until_deployed
 from cluster.jobs import find_job, list_jobs, stop
 from hone.errors import ResourceError, RunFailedError
+from hone.recipe.serving import ServingSettings, VllmSettings
 from hone.storage import Home
 from hone.store import Store
 
@@ -142,6 +143,25 @@ def test_a_deployment_leaves_other_applications_alone(ray: FakeRay) -> None:
     assert sent["applications"][0] == other
     assert sent["applications"][1]["args"] == {"base": "/b", "auth": "auto", "num_replicas": 1}
     assert sent["http_options"] == {"host": "127.0.0.1", "port": 8123}
+
+
+@pytest.mark.parametrize(
+    ("serving", "told"),
+    [
+        (ServingSettings(), {}),
+        (ServingSettings(adapter_disk="/kept"), {"adapter_disk": "/kept"}),
+        (
+            ServingSettings(adapter_disk="/kept", adapter_disk_bytes=1000, engine="vllm", vllm=VllmSettings(max_loras=2)),
+            {"adapter_disk": "/kept", "adapter_disk_bytes": 1000, "engine": "vllm", "vllm": {"max_loras": 2}},
+        ),
+    ],
+)
+def test_the_application_is_told_of_the_recipes_section(ray: FakeRay, serving: ServingSettings, told: dict[str, Any]) -> None:
+    ray.answers["GET", "/api/serve/applications/"] = (200, {"applications": {}})
+    ray.answers["PUT", "/api/serve/applications/"] = (200, "")
+    deploy(Dashboard(ray.address), base="/b", home=None, serving=serving)
+    args = ray.received[-1][2]["applications"][0]["args"]
+    assert args == {"base": "/b", "auth": "auto", "num_replicas": 1, **told}
 
 
 def test_a_deployment_that_fails_says_the_exception_alone(ray: FakeRay) -> None:

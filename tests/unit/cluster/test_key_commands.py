@@ -31,7 +31,20 @@ def test_a_key_is_made_shown_once_listed_and_revoked(home: Home) -> None:
     (kept,) = Keys(home.store_url).all()
     assert (kept.digest, kept.adapters, kept.scopes) == (digest_of_key(token), ("a*", "prod"), ("inference",))
     made = as_json(
-        home, "keys", "create", "root", "--scope", "admin", "--requests-per-minute", "60", "--tokens-per-minute", "9000", "--expires", "90d"
+        home,
+        "keys",
+        "create",
+        "root",
+        "--scope",
+        "admin",
+        "--requests-per-minute",
+        "60",
+        "--tokens-per-minute",
+        "9000",
+        "--expires",
+        "90d",
+        "--weight",
+        "2.5",
     )
     assert made["key"].startswith(made["prefix"])
     assert made["expires_at"] == pytest.approx(time.time() + 90 * 86400, abs=60)
@@ -40,7 +53,8 @@ def test_a_key_is_made_shown_once_listed_and_revoked(home: Home) -> None:
     for text in (said(home, "keys", "list"), json.dumps(listed)):
         assert token not in text
         assert kept.digest not in text
-    assert "60 requests, 9,000 tokens" in said(home, "keys", "list")
+    assert {key["name"]: key["weight"] for key in listed} == {"root": 2.5, "bot": 1.0}
+    assert "60 requests, 9,000 tokens  2.5 " in said(home, "keys", "list")
     assert as_json(home, "keys", "revoke", "acme/bot")["state"] == "revoked"
     assert {key["name"]: key["state"] for key in as_json(home, "keys", "list")} == {"root": "active", "bot": "revoked"}
 

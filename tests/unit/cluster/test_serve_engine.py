@@ -1,10 +1,12 @@
-"""`hone serve` by another engine: chosen by an option or a recipe, and refused before anything is started where it cannot run."""
+"""What `hone serve` takes from options and a recipe; and an engine is refused before anything is started where it cannot run."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.cli_serve import _what
 from hone.recipe.serving import ServingSettings, VllmSettings
 from tests.unit.cluster.conftest import Hone
@@ -37,3 +39,40 @@ def test_the_recipe_says_what_is_served_and_options_say_otherwise(recipe_file: P
     assert (base, serving) == (_what(None, recipe_file, "slots")[0], BY_RECIPE)
     assert _what("other", recipe_file, "slots") == ("other", BY_RECIPE.model_copy(update={"engine": "slots"}))
     assert _what("other", None, None) == ("other", ServingSettings())
+
+
+def test_adapters_are_kept_where_the_recipe_or_an_option_says(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe_file.write_text(recipe_file.read_text() + "serving: {adapter_disk: kept, adapter_disk_bytes: 1000}\n")
+    by_recipe = ServingSettings(adapter_disk=str(recipe_file.parent / "kept"), adapter_disk_bytes=1000)
+    assert _what(None, recipe_file, None)[1] == by_recipe
+    monkeypatch.chdir("/usr")
+    for said, meant in (("/var/cache/hone", "/var/cache/hone"), ("lib/hone", "/usr/lib/hone"), ("~/kept", str(Path.home() / "kept"))):
+        assert _what(None, recipe_file, None, Path(said))[1] == by_recipe.model_copy(update={"adapter_disk": meant})
+    assert _what("b", None, None, Path("/kept"))[1] == ServingSettings(adapter_disk="/kept")
+
+
+@pytest.mark.parametrize(("key", "value"), [("adapter_disk", "''"), ("adapter_disk_bytes", "-1")])
+def test_a_folder_without_a_name_and_less_than_no_bytes_are_refused(hone: Hone, recipe_file: Path, key: str, value: str) -> None:
+    recipe_file.write_text(recipe_file.read_text() + f"serving: {{{key}: {value}}}\n")
+    done = hone("serve", "--recipe", "recipe.yaml")
+    assert done.returncode == 1
+    assert f"serving.{key}" in done.stderr
+
+
+def test_the_option_is_what_the_application_is_told(monkeypatch: pytest.MonkeyPatch, recipe_file: Path) -> None:
+    sent: list[ServingSettings] = []
+    monkeypatch.setattr("cluster.cli_serve._serve_on_cluster", lambda *_, serving, **__: sent.append(serving))
+    recipe_file.write_text(recipe_file.read_text() + "serving: {adapter_disk_bytes: 1000}\n")
+    options = ["--recipe", str(recipe_file), "--address", "http://127.0.0.1:9", "--adapter-disk", "/kept"]
+    assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
+    assert sent == [ServingSettings(adapter_disk="/kept", adapter_disk_bytes=1000)]
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field` is deprecated")
+def test_every_key_of_the_section_is_an_argument_of_the_application_with_the_same_default() -> None:
+    from serving.app import ServeArgs
+
+    arguments = ServeArgs.model_fields
+    assert {name: field.default for name, field in ServingSettings.model_fields.items()} == {
+        name: arguments[name].default for name in ServingSettings.model_fields
+    }

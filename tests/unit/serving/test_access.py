@@ -14,6 +14,7 @@ from hone.storage import Home
 from serving import access
 from serving.access import KeyRing, StoreKeys
 from serving.callers import ANONYMOUS, Caller
+from serving.engine.fairness import Tenant
 from serving.errors import InvalidKeyError, UnavailableError
 
 pytestmark = pytest.mark.anyio
@@ -48,9 +49,9 @@ async def come(ring: KeyRing, token: str | None, *, is_local: bool = False) -> C
 
 
 async def test_a_key_opens_and_its_project_is_the_tenant(source: Source) -> None:
-    made, token = source.keys.create("bot", project="acme", adapters=["a*"], requests_per_minute=3, tokens_per_minute=4)
+    made, token = source.keys.create("bot", project="acme", adapters=["a*"], requests_per_minute=3, tokens_per_minute=4, weight=2.5)
     caller = await come(ring_of(source), token)
-    assert (caller.key, caller.label, caller.tenant.name) == (made.id, "acme/bot", "acme")
+    assert (caller.key, caller.label, caller.tenant) == (made.id, "acme/bot", Tenant("acme", 2.5))
     assert (caller.models, caller.requests_per_minute, caller.tokens_per_minute) == (("a*",), 3, 4)
     for wrong in (None, "", "none", token[:-1], token + "x", made.digest, made.prefix):
         with pytest.raises(InvalidKeyError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from hone.manifest import AdapterManifest
 from hone.storage import Home
+from serving import adapters
 from serving.adapters import AdapterPool
 from serving.base import Engine
-from serving.errors import AdapterRefusedError, RequestError
+from serving.errors import AdapterRefusedError, DeadlineError, RequestError, UnreachableError
 from serving.loading import AdapterLoader
 from tests.serving_fixtures import edit_config, publish
 from tests.unit.serving.conftest import Shelf
@@ -94,6 +96,66 @@ async def test_where_all_are_in_use_the_next_waits_for_one_to_be_free() -> None:
     assert pool.resident == ["b@1"]
 
 
+async def test_who_waits_for_room_gets_it_though_all_adapters_have_requests_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "PATIENCE_S", 0.1)
+    loads = Loads()
+    pool = AdapterPool(loads, capacity=2)
+    answered = Counter[str]()
+
+    async def keeps_asking(name: str) -> None:
+        while True:
+            async with pool.pinned(fake(name)):
+                await asyncio.sleep(0.03)
+            answered[name] += 1
+
+    busy = []
+    for name in ("a", "b") * 3:  # one after another, so that each adapter has a request at any time
+        busy.append(asyncio.create_task(keeps_asking(name)))
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10), pool.pinned(fake("c")):
+        assert "c@1" in pool.resident
+    before = answered.copy()
+    async with asyncio.timeout(10):
+        while any(answered[name] < before[name] + 5 for name in ("a", "b")):
+            await asyncio.sleep(0.01)
+    for task in busy:
+        task.cancel()
+    await asyncio.gather(*busy, return_exceptions=True)
+    assert loads.counts["c@1"] == 1
+
+
+async def test_the_wait_for_room_and_for_the_load_ends_at_the_deadline() -> None:
+    loads = Loads()
+    pool = AdapterPool(loads, capacity=1)
+    async with pool.pinned(fake("a")):
+        with pytest.raises(DeadlineError, match="before its answer began"):
+            async with pool.pinned(fake("b"), deadline=time.monotonic() + 0.05):
+                pass
+    loads.go.clear()
+    with pytest.raises(DeadlineError):
+        async with pool.pinned(fake("b"), deadline=time.monotonic() + 0.05):
+            pass
+    loads.go.set()
+    async with pool.pinned(fake("b")) as served:
+        assert served == "weights of b@1"
+    assert loads.counts == {"a@1": 1, "b@1": 1}
+
+
+async def test_a_load_that_fails_when_everyone_has_left_is_tried_anew() -> None:
+    loads = Loads()
+    loads.go.clear()
+    loads.error = UnreachableError("no registry")
+    pool = AdapterPool(loads, capacity=1)
+    with pytest.raises(DeadlineError):
+        async with pool.pinned(fake("a"), deadline=time.monotonic() + 0.05):
+            pass
+    loads.go.set()
+    await asyncio.sleep(0.1)
+    loads.error = None
+    async with pool.pinned(fake("a")) as served:
+        assert served == "weights of a@1"
+
+
 async def test_a_refusal_is_remembered_for_a_while_and_leaves_nothing_behind() -> None:
     loads = Loads()
     loads.error = AdapterRefusedError("no")
@@ -159,3 +221,12 @@ def test_matrices_that_fit_no_layer_are_refused_by_name(chat_shelf: Shelf, engin
         save_file({name.replace("q_proj", "qkv"): tensor for name, tensor in state.items()}, folder / "adapter_model.safetensors")
 
     assert "self_attn.qkv, which is not a linear layer of this base" in refusal(chat_shelf, engine, home, edit=rename)
+
+
+def test_versions_that_were_trained_on_one_base_share_a_tokenizer(chat_shelf: Shelf, engine: Engine, home: Home) -> None:
+    made = [publish(home, chat_shelf.base, "bot", seed=seed, **PLAIN) for seed in (1, 2)]
+    assert made[0].files.keys() == made[1].files.keys() > {"report.html", "tokenizer_config.json"}
+    assert made[0].files["report.html"] != made[1].files["report.html"]
+    loader = AdapterLoader(type(chat_shelf.registry)(home), engine)
+    first, second = (loader.load(manifest) for manifest in made)
+    assert first.processor is second.processor

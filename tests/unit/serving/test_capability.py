@@ -20,7 +20,7 @@ from transformers import (
 
 from hone.errors import BaseModelError
 from serving.engine.cache import SlotCache
-from serving.engine.capability import FEWEST_ROWS, MOST_ROWS, probe, room_of
+from serving.engine.capability import FEWEST_ROWS, MOST_ROWS, CannotMixError, probe, room_of
 from serving.engine.decoder import Decoder
 from serving.engine.decoding import CopiedRows, Copies, Planner, Stack, StackedRows
 from serving.engine.lora import AdapterWeights, Mixer, Segments
@@ -136,14 +136,14 @@ def test_a_shorter_context_leaves_memory_for_more_rows() -> None:
     assert room_of(model, positions=64, max_context=32, max_rows=None, memory_bytes=2 * 2 * 2 * 8 * 4 * 20 * 64) == (MOST_ROWS, 32)
 
 
-def test_models_that_take_no_positions_are_refused() -> None:
-    with pytest.raises(BaseModelError, match="BloomForCausalLM takes no position_ids"):
+def test_models_that_take_no_positions_are_not_mixed() -> None:
+    with pytest.raises(CannotMixError, match="BloomForCausalLM takes no position_ids"):
         context(make(BloomConfig(vocab_size=90, hidden_size=32, n_layer=1, n_head=4)))
 
 
-def test_models_that_flatten_their_rows_are_refused_by_measurement() -> None:
+def test_models_that_flatten_their_rows_are_not_mixed_by_measurement() -> None:
     model = make(OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32))
-    with pytest.raises(BaseModelError, match="adapters cannot be mixed there"), torch.inference_mode():
+    with pytest.raises(CannotMixError, match="adapters cannot be mixed there"), torch.inference_mode():
         probe(Decoder(model, Mixer(model)))
 
 

@@ -74,6 +74,31 @@ def test_a_queue_forgets_those_who_have_gone() -> None:
     assert (len(queue), queue.peek(), queue._used) == (0, None, {})
 
 
+def test_a_tenant_that_sits_out_is_passed_by() -> None:
+    a, b = Tenant("a"), Tenant("b")
+    queue: FairQueue[Job] = FairQueue()
+    queue.extend([Job(a, 1), Job(b, 2), Job(a, 3)])
+    assert queue.peek(besides={"a"}) == Job(b, 2)
+    assert queue.peek(besides={"a", "b"}) is None
+    assert queue.pop(besides={"a"}) == Job(b, 2)
+    assert queue.peek(besides={"a"}) is None
+    assert queue.peek() == Job(a, 1)
+
+
+def test_what_is_put_back_is_next_again_and_nothing_of_it_is_left_running() -> None:
+    a, b = Tenant("a"), Tenant("b")
+    queue: FairQueue[Job] = FairQueue()
+    queue.extend([Job(a, 1)])
+    queue.charge(a, 10)
+    queue.put_back([queue.pop()])
+    queue.extend([Job(a, 2), Job(a, 3)])
+    queue.put_back([queue.pop(), queue.pop(), queue.pop()])
+    assert [job.tokens for job in queue] == [1, 2, 3]
+    assert queue._running == {}
+    queue.extend([Job(b, 4)])
+    assert queue._used == {"a": 10, "b": 10}, "its tenant was never gone"
+
+
 @pytest.mark.parametrize("weight", [0, -1, float("nan")])
 def test_a_weight_is_above_zero(weight: float) -> None:
     with pytest.raises(ValueError, match="above 0"):

@@ -18,6 +18,7 @@ from serving import metering
 from serving.access import KeyRing
 from serving.app import _serves_errors
 from serving.calls import Event
+from serving.engine.fairness import Tenant
 from serving.ingress import make_app
 from serving.metering import NAMED_AT_MOST, Meter, Tally
 from serving.replica import Replica
@@ -196,19 +197,19 @@ def test_a_stream_that_is_left_is_settled_by_what_was_made(open_: Open, keys: Ke
 
 
 def test_a_keys_project_is_its_tenant_in_the_engine(open_: Open, keys: Keys, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+    seen: list[Tenant] = []
     engine = type(replica._engine)
     add = engine.add
 
     def noted(self: Any, served: Any, rows: Any) -> None:
-        seen.extend(row.tenant.name for row in rows)
+        seen.extend(row.tenant for row in rows)
         add(self, served, rows)
 
     monkeypatch.setattr(engine, "add", noted)
     client = open_()
-    for name, project in (("a", "acme"), ("b", "acme"), ("c", "other")):
-        ask(with_key(client, keys.create(name, project=project)[1]))
-    assert seen == ["acme", "acme", "other"]
+    for name, project, weight in (("a", "acme", 3.0), ("b", "acme", 1.0), ("c", "other", 0.5)):
+        ask(with_key(client, keys.create(name, project=project, weight=weight)[1]))
+    assert seen == [Tenant("acme", 3.0), Tenant("acme", 1.0), Tenant("other", 0.5)]
 
 
 def test_usage_is_in_the_store_by_key_and_adapter(open_: Open, keys: Keys, replica: Replica) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hone.registry import Registry
+from hone.registry import Registry, check_files
 from hone.storage import Home
 from serving.base import Engine, Served
 from serving.catalog import BaseDescription, Catalog
@@ -16,6 +16,7 @@ from serving.disk import AdapterDisk
 from serving.errors import AdapterRefusedError, UnknownModelError, UnreachableError
 from serving.loading import AdapterLoader
 from serving.memory import CPU, AdapterMemory, size_of
+from serving.published import PublishedFiles
 from tests.serving_fixtures import publish
 from tests.unit.serving.conftest import Shelf
 
@@ -90,24 +91,19 @@ def test_the_disk_answers_while_the_registry_is_away(chat_shelf: Shelf, engine: 
     assert fresh.load(manifests[1]).name == "far@2"
 
 
-def test_a_file_that_the_disk_spoilt_is_copied_again(chat_shelf: Shelf, home: Home, tmp_path: Path) -> None:
-    manifest = publish(home, chat_shelf.base, "copied", seed=1, **PLAIN)
-    source = Registry(home).path(manifest.ref)
-    disk = AdapterDisk(tmp_path / "disk", capacity=10**9)
-    weights = disk.folder(manifest, source) / "adapter_model.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert (disk.folder(manifest, source) / "adapter_model.safetensors").read_bytes() == good
+def test_what_is_being_loaded_from_the_disk_stays_there(chat_shelf: Shelf, engine: Engine, home: Home, tmp_path: Path) -> None:
+    manifests = [publish(home, chat_shelf.base, "held", seed=seed, **PLAIN) for seed in (1, 2)]
+    registry = Registry(home)
+    disk = AdapterDisk(tmp_path / "disk", capacity=0)
+    published = PublishedFiles(registry, engine.base, disk=disk)
 
+    def made(folder: Path) -> Served:
+        with disk.folder(manifests[1], registry.path(manifests[1].ref)):
+            pass
+        check_files(folder, manifests[0])
+        return engine.base
 
-def test_the_disk_is_bounded_and_the_least_recently_used_leaves(chat_shelf: Shelf, home: Home, tmp_path: Path) -> None:
-    manifests = [publish(home, chat_shelf.base, "many", seed=seed, **PLAIN) for seed in range(3)]
-    size = max(sum(entry.bytes for entry in manifest.files.values()) for manifest in manifests)
-    disk, registry = AdapterDisk(tmp_path / "disk", capacity=int(2.5 * size)), Registry(home)
-    for at, manifest in enumerate(manifests[:2]):
-        os.utime(disk.folder(manifest, registry.path(manifest.ref)), (at, at))
-    disk.folder(manifests[2], registry.path(manifests[2].ref))
-    assert {folder.name for folder in disk.root.iterdir()} == {manifest.digest for manifest in manifests[1:]}
+    assert published.read(manifests[0], made, lambda *_: None) is engine.base
 
 
 def test_ids_mean_what_they_meant_while_the_registry_is_away(chat_shelf: Shelf, home: Home, tmp_path: Path) -> None:

@@ -33,7 +33,15 @@ from serving.calls import (
 )
 from serving.catalog import BaseDescription
 from serving.error_window import ErrorWindow
-from serving.errors import AdapterRefusedError, DeadlineError, RequestError, UnknownModelError, UnreachableError
+from serving.errors import (
+    AdapterRefusedError,
+    DeadlineError,
+    RequestError,
+    StoppingError,
+    UnavailableError,
+    UnknownModelError,
+    UnreachableError,
+)
 from serving.ingress import BusyError
 from serving.releases import Released, adapter_header
 from serving.shadow import AT_ONCE
@@ -162,7 +170,9 @@ async def test_the_base_keeps_its_name_where_an_alias_of_it_is_of_another_base(
     await released.answer(chat("tiny"))
     promote(registry, "tiny", "bot@1")
     await released.answer(chat("tiny"))
-    assert [call.model for call in told.asked] == ["tiny", "bot@1"]
+    registry.root.rename(tmp_path / "away")
+    await released.answer(chat("tiny"))
+    assert [call.model for call in told.asked] == ["tiny", "bot@1", "bot@1"], "nor is the base taken for it while the registry is away"
 
 
 @pytest.mark.parametrize("kind", ["answer", "stream", "raised"])
@@ -199,6 +209,8 @@ async def test_a_version_that_fails_too_often_is_taken_back_with_the_reason(
         lambda: UnknownModelError("is of another base"),
         lambda: DeadlineError("timeout_s has passed"),
         lambda: UnreachableError("no registry"),
+        lambda: StoppingError("draining"),
+        lambda: UnavailableError("no replica is there"),
         lambda: BusyError("full"),
     ],
 )

@@ -1,0 +1,65 @@
+"""Decoders whose rows cannot share a batch: their answers take turns, and each adapter is merged into a copy."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hone.base_model import find_base_model
+from hone.errors import BaseModelError
+from hone.storage import Home
+from serving.base import load_engine
+from serving.calls import CompletionCall, Sampling
+from serving.replica import Replica
+from tests.serving_fixtures import greedy_alone, load_plainly, publish_trained
+from tests.tiny import make_tokenizer
+from tests.unit.serving.test_adapters_in_use import text
+
+pytestmark = pytest.mark.anyio
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3, "init_std": 0.3}
+TARGETS = {"bloom": ["query_key_value"], "opt": ["q_proj", "fc2"]}
+OWN: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
+}
+GREEDY = Sampling(max_tokens=12, temperature=0.0, top_p=1.0, seed=None, stop=())
+
+
+def make(folder: Path, kind: str) -> Path:
+    tokenizer = make_tokenizer(folder)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **SMALL, **OWN.get(kind, {}), **ids)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bloom", "opt"])
+async def test_each_answers_as_generate_does(kind: str, home: Home, tmp_path: Path) -> None:
+    base = make(tmp_path / kind, kind)
+    rows, settings = [{"text": text} for text in ("the cat sat", "why does it rain")], {"r": 3, "target_modules": TARGETS[kind]}
+    manifests = [
+        publish_trained(home, base, name, task="completion", method="lora", rows=rows, seed=seed, **settings)
+        for seed, name in enumerate(("one", "two"))
+    ]
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    models = {str(base): plain} | {str(manifest.ref): load_plainly(home, base, manifest) for manifest in manifests}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompt, ends = tokenizer("the cat sat")["input_ids"], [tokenizer.eos_token_id]
+    expected = {name: tokenizer.decode(greedy_alone(model, prompt, tokens=12, end_ids=ends)) for name, model in models.items()}
+    assert len(set(expected.values())) == 3
+    replica = Replica(base=str(base), home=str(home.root))
+    try:
+        names = list(models) * 3
+        answers = await asyncio.gather(*(replica.answer(CompletionCall(name, ["the cat sat"], 1, GREEDY)) for name in names))
+        assert [text(events) for events in answers] == [expected[name] for name in names]
+        assert len((await replica.status()).copies) == 2
+    finally:
+        replica.stop()
+
+
+async def test_what_cannot_be_asked_token_by_token_is_refused(home: Home, tmp_path: Path) -> None:
+    base = make(tmp_path / "mamba", "mamba")
+    with pytest.raises(BaseModelError, match="MambaForCausalLM cannot be asked token by token"):
+        load_engine(find_base_model(str(base), home=home), max_rows=None, max_context=None)
