@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hone.usage import Used
 from serving.adapters import AdapterPool
 from serving.contract import ServingEngine
 from serving.engine.measures import Histogram
 from serving.memory import AdapterMemory
-from serving.metering import Meter
+from serving.metering import Meter, Sums
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,9 @@ class Measured:
     histograms: dict[str, Histogram]
     counters: dict[str, float]
     gauges: dict[str, float]
-    adapters: dict[str, Used] = field(default_factory=dict)
+    adapters: dict[str, Sums] = field(default_factory=dict)
     """By `name@version`, or the base's name."""
-    keys: dict[str, Used] = field(default_factory=dict)
+    keys: dict[str, Sums] = field(default_factory=dict)
     """By `project/name`."""
 
 

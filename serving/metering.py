@@ -8,12 +8,15 @@ written when it is back.
 import logging
 import threading
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from hone.errors import ResourceError
 from hone.usage import HOUR, Slot, Usage, Used, hour_of
 from serving.callers import Caller
+from serving.engine.measures import Histogram
 
 logger = logging.getLogger("ray.serve")
 
@@ -28,19 +31,33 @@ some are called far more than others, nearly all of the traffic. `hone usage` ha
 OTHERS = "others"
 
 
+@dataclass
+class Sums:
+    """What one adapter or one key came to since the start."""
+
+    used: Used = field(default_factory=Used)
+    first_tokens: Histogram = field(default_factory=Histogram)
+    """Seconds from when the replica had a request to each of its answers' first token."""
+
+    def add(self, used: Used, first_tokens: Sequence[float] = ()) -> None:
+        self.used.add(used)
+        for seconds in first_tokens:
+            self.first_tokens.observe(seconds)
+
+
 class Tally:
-    """Usage by name, of a bounded number of names."""
+    """Sums by name, of a bounded number of names."""
 
     def __init__(self) -> None:
-        self._used: dict[str, Used] = {}
+        self._sums: dict[str, Sums] = {}
 
-    def add(self, name: str, used: Used) -> None:
-        if name not in self._used and len(self._used) >= NAMED_AT_MOST:
+    def add(self, name: str, used: Used, first_tokens: Sequence[float] = ()) -> None:
+        if name not in self._sums and len(self._sums) >= NAMED_AT_MOST:
             name = OTHERS
-        self._used.setdefault(name, Used()).add(used)
+        self._sums.setdefault(name, Sums()).add(used, first_tokens)
 
-    def copy(self) -> dict[str, Used]:
-        return {name: Used(**vars(used)) for name, used in self._used.items()}
+    def copy(self) -> dict[str, Sums]:
+        return {name: Sums(Used(**vars(sums.used)), sums.first_tokens.copy()) for name, sums in self._sums.items()}
 
 
 class Meter:
@@ -67,10 +84,10 @@ class Meter:
         """Sums that are not in the store as they are here."""
         return len(self._changed)
 
-    def add(self, caller: Caller, adapter: str, used: Used) -> None:
-        """A request of `caller` that `adapter` answered has ended."""
-        self.adapters.add(adapter, used)
-        self.keys.add(caller.label, used)
+    def add(self, caller: Caller, adapter: str, used: Used, first_tokens: Sequence[float] = ()) -> None:
+        """A request of `caller` that `adapter` answered has ended; its answers' first tokens were there after so many seconds."""
+        self.adapters.add(adapter, used, first_tokens)
+        self.keys.add(caller.label, used, first_tokens)
         if self._url is None:
             return
         slot = Slot(hour_of(), caller.key, adapter)

@@ -11,10 +11,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from hone.usage import Used
 from serving.engine.measures import Histogram
 from serving.gate import Counts
 from serving.measured import Measured
+from serving.metering import Sums
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -87,8 +87,9 @@ class _Families(Collector):
         yield GaugeMetricFamily("hone_http_requests_in_flight", "Requests that are being answered, or wait.", self._counts.in_flight)
         yield GaugeMetricFamily("hone_replicas", "Replicas that say how they are.", len(self._replicas))
 
-    def _of_usage(self, what: str, by_replica: dict[str, dict[str, Used]]) -> Iterator[Metric]:
-        used = [(replica, name, each) for replica, names in by_replica.items() for name, each in names.items()]
+    def _of_usage(self, what: str, by_replica: dict[str, dict[str, Sums]]) -> Iterator[Metric]:
+        sums = [(replica, name, each) for replica, names in by_replica.items() for name, each in names.items()]
+        used = [(replica, name, each.used) for replica, name, each in sums]
         labels = ["replica", what]
         yield _counter(f"{what}_requests", f"Requests by {what}.", labels, (([r, name], each.requests) for r, name, each in used))
         tokens = (
@@ -97,6 +98,11 @@ class _Families(Collector):
             for kind, count in (("prompt", each.prompt_tokens), ("cached", each.cached_tokens), ("completion", each.completion_tokens))
         )
         yield _counter(f"{what}_tokens", f"Tokens by {what}; `cached` are among `prompt`.", [*labels, "kind"], tokens)
+        says = HISTOGRAMS["time_to_first_token_seconds"]
+        waits = HistogramMetricFamily(f"hone_{what}_time_to_first_token_seconds", f"By {what}. {says}", labels=labels)
+        for replica, name, each in sums:
+            _add(waits, [replica, name], each.first_tokens)
+        yield waits
 
 
 def _counter(name: str, says: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> Metric:

@@ -300,7 +300,7 @@ class Replica:
         """Meter a request, however it ended: each prompt that the model began with once, and every token that was made."""
         begun = [row for row in rows[:: call.n] if row.read]
         used = Used(1, sum(len(row.prompt) for row in begun), sum(row.kept for row in begun), sum(len(row.made) for row in rows))
-        self._meter.add(call.caller, served.name, used)
+        self._meter.add(call.caller, served.name, used, [row.first_token_s for row in rows if row.first_token_s is not None])
         # Serve writes the request's id before each line.
         logger.info(
             "%s for %s: %d prompt tokens, %d of them kept, %d made, in %.3f s",

@@ -73,6 +73,8 @@ class Row:
     """When it began to wait for the model."""
     token_at: float | None = None
     """When it got its last token."""
+    first_token_s: float | None = None
+    """Seconds from when the replica had the request to the first one."""
     kept: int = 0
     """Prompt tokens that were found read already."""
     read: int = 0
@@ -96,7 +98,8 @@ class Row:
     def timed(self, measures: Measures, now: float) -> None:
         """It gets a token."""
         if self.token_at is None:
-            measures.time_to_first_token.observe(now - self.asked_at)
+            self.first_token_s = now - self.asked_at
+            measures.time_to_first_token.observe(self.first_token_s)
         else:
             measures.time_between_tokens.observe(now - self.token_at)
         self.token_at = now

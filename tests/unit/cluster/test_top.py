@@ -16,6 +16,7 @@ from hone.usage import Used
 from serving.engine.measures import ROWS, Histogram
 from serving.gate import Counts
 from serving.measured import Measured
+from serving.metering import Sums
 from serving.metrics import COUNTERS, GAUGES, HISTOGRAMS, exposition
 
 
@@ -71,8 +72,9 @@ def replica(name: str, *, scale: int = 1) -> Measured:
         "completion_tokens": 300.0 * scale,
     }
     gauges = dict.fromkeys(GAUGES, 0.0) | {"slots": 16.0, "rows_running": 5.0, "adapters_resident": 2.0}
-    adapters = {"busy@1": Used(9 * scale, 900 * scale, 0, 290 * scale), "idle@1": Used(1, 100, 0, 10)}
-    return Measured(name, histograms, counters, gauges, adapters, {"acme/bot": Used(10 * scale, 1000 * scale, 250 * scale, 300 * scale)})
+    adapters = {"busy@1": Sums(Used(9 * scale, 900 * scale, 0, 290 * scale)), "idle@1": Sums(Used(1, 100, 0, 10))}
+    keys = {"acme/bot": Sums(Used(10 * scale, 1000 * scale, 250 * scale, 300 * scale))}
+    return Measured(name, histograms, counters, gauges, adapters, keys)
 
 
 def test_rates_are_what_grew_between_two_looks(server: Server) -> None:

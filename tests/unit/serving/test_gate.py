@@ -227,7 +227,7 @@ def test_usage_is_in_the_store_by_key_and_adapter(open_: Open, keys: Keys, repli
         assert used.requests == len(expected[name])
         assert used.prompt_tokens == sum(each.prompt_tokens for each in expected[name])
         assert used.completion_tokens == sum(each.completion_tokens for each in expected[name])
-    assert replica._meter.keys.copy()["acme/bot"].requests == 3
+    assert replica._meter.keys.copy()["acme/bot"].used.requests == 3
 
 
 def test_metrics_agree_with_what_was_done(open_: Open, keys: Keys) -> None:
@@ -264,6 +264,9 @@ def test_metrics_agree_with_what_was_done(open_: Open, keys: Keys) -> None:
     assert grown("hone_key_requests_total", "metered/bot", "r1") == 3
     assert grown("hone_key_tokens_total", "metered/bot", "completion", "r1") == tokens
     assert grown("hone_adapter_tokens_total", "wide@1", "completion", "r1") == tokens
+    for what, name in (("adapter", "wide@1"), ("key", "metered/bot")):
+        assert grown(f"hone_{what}_time_to_first_token_seconds_count", name, "r1") == 3
+        assert 0 < grown(f"hone_{what}_time_to_first_token_seconds_sum", name, "r1") <= 3 * 60
     assert grown("hone_cached_tokens_total", "r1") == grown("hone_adapter_tokens_total", "wide@1", "cached", "r1")
     assert after["hone_adapter_load_seconds_count", "r1"] >= 1
     assert after["hone_adapters_resident", "r1"] >= 1
@@ -279,8 +282,8 @@ def test_a_thousand_adapters_are_a_bounded_number_of_series() -> None:
     tally.add("a0@1", Used(1))
     copy = tally.copy()
     assert len(copy) == NAMED_AT_MOST + 1
-    assert copy["a0@1"] == Used(2, 2, 0, 3)
-    assert copy["others"].requests == 1000 - NAMED_AT_MOST
+    assert copy["a0@1"].used == Used(2, 2, 0, 3)
+    assert copy["others"].used.requests == 1000 - NAMED_AT_MOST
 
 
 def test_usage_waits_in_memory_while_the_store_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
