@@ -53,6 +53,8 @@ def serve(
     from cluster.deploy import access_at, check_bind, parse_replicas
 
     count = parse_replicas(replicas)
+    if address is not None and adapter_disk is not None and not adapter_disk.is_absolute():
+        raise RecipeError(f"--adapter-disk {adapter_disk}: with --address it is on the cluster's machines, so name it by its whole path")
     base, serving = _what(base, recipe, engine, adapter_disk)
     if address is not None:
         _serve_on_cluster(base, home, address, auth="off" if allow_anonymous else "auto", replicas=count, serving=serving)
@@ -79,7 +81,7 @@ def _what(
     if named is None:
         raise RecipeError("name what to serve: --base MODEL, or --recipe FILE for the base of a recipe")
     serving = found.serving if found else ServingSettings()
-    said = {"engine": engine, "adapter_disk": adapter_disk and str(adapter_disk.expanduser().resolve())}
+    said = {"engine": engine, "adapter_disk": adapter_disk and str(adapter_disk.expanduser().absolute())}
     return named, serving.model_copy(update={key: value for key, value in said.items() if value})
 
 

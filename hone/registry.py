@@ -93,22 +93,26 @@ class Registry:
         Raises:
             UnknownAdapterError: nothing of that name; the message lists what there is.
         """
+        manifest = self.find(text)
+        if manifest is None:
+            raise UnknownAdapterError(self._unknown(text))
+        return manifest
+
+    def find(self, text: str) -> AdapterManifest | None:
+        """Likewise, or None: without a look at what else there is."""
         try:
             ref = AdapterRef.parse(text)  # first of all: the text may come over HTTP, and below it becomes a path
         except RegistryError:
-            raise UnknownAdapterError(self._unknown(text)) from None
+            return None
         alias = self.alias_files.read(ref.name) if ref.version is None else None
         if alias is not None:
             ref = AdapterRef.parse(alias.current.main.version)
         if ref.version is None:
             versions = self._versions(ref.name)
             if not versions:
-                raise UnknownAdapterError(self._unknown(text))
+                return None
             ref = AdapterRef(ref.name, versions[-1])
-        manifest = self._read(ref)
-        if manifest is None:
-            raise UnknownAdapterError(self._unknown(text))
-        return manifest
+        return self._read(ref)
 
     def adapters(self) -> list[AdapterManifest]:
         """Every published version, by name and then version. One whose manifest is damaged is left out, and said in the log."""

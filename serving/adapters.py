@@ -24,8 +24,6 @@ PATIENCE_S = 5.0
 """How long one that needs room waits for an adapter that nobody uses, before the least recently used one gets no more requests. It bounds
 how often adapters that all have requests change places; a copy of the base takes seconds to load."""
 
-LOADS_AT_ONCE = 8
-
 Key = tuple[str, str]
 
 
@@ -51,16 +49,19 @@ class AdapterPool:
         self.capacity = capacity
         self._load = load
         self._unload = unload
-        self._threads = ThreadPoolExecutor(LOADS_AT_ONCE, thread_name_prefix="adapters")
-        """Their own: a load that a dead share holds up must not hold up what else threads do."""
+        self._threads = ThreadPoolExecutor(max(capacity, 1), thread_name_prefix="adapters")
+        """Their own, and as many as there is room for: what a dead share holds up must hold up nothing else."""
         self._residents: OrderedDict[Key, _Resident] = OrderedDict()
         """Least recently used first."""
         self._refused: dict[Key, tuple[RequestError, float]] = {}
-        self._released = asyncio.Condition()
-        self._turn = asyncio.Lock()
-        """Of those whose adapters are not here one at a time looks for room, in the order in which they came."""
+        self._changed = asyncio.Condition()
+        """Something was released, has come, or is to leave."""
+        self._wanted: dict[Key, int] = {}
+        """Those that requests wait for, in the order in which they were first wanted, and how many requests."""
         self._leaving: Key | None = None
         """Gets no more requests, so that it makes room."""
+        self._full_since: float | None = None
+        """When the first in line began to wait for room; it stays where he gives up, for whoever comes next."""
         self.load_seconds = Histogram()
         """Of loads that did well."""
         self.refused = 0
@@ -93,14 +94,22 @@ class AdapterPool:
             await self._release(key, resident)
 
     async def _claim(self, key: Key, manifest: AdapterManifest) -> _Resident:
-        """Pin the adapter, waiting for room while every resident one is in use."""
-        if self._is_here(key):
-            return self._pin(key)
-        async with self._turn:
-            if not self._is_here(key):
-                await self._await_room()
-                self._residents[key] = _Resident(asyncio.create_task(self._timed_load(manifest)))
-            return self._pin(key)
+        """Pin the adapter. Where it is not here and every resident one is in use, it waits in line for room."""
+        if not self._is_here(key):
+            async with self._changed:
+                self._wanted[key] = self._wanted.get(key, 0) + 1
+                try:
+                    while not self._is_here(key):
+                        if self._is_next(key) and self._make_room():
+                            self._begin_load(key, manifest)
+                        else:
+                            await self._wait(key)
+                finally:
+                    self._give_up(key)
+        resident = self._residents[key]
+        resident.pins += 1
+        self._residents.move_to_end(key)
+        return resident
 
     def _is_here(self, key: Key) -> bool:
         """Whether it may be pinned. A load that failed when nobody waited for it any more is forgotten."""
@@ -109,25 +118,38 @@ class AdapterPool:
             del self._residents[key]
         return key in self._residents and key != self._leaving
 
-    def _pin(self, key: Key) -> _Resident:
-        resident = self._residents[key]
-        resident.pins += 1
-        self._residents.move_to_end(key)
-        return resident
+    def _is_next(self, key: Key) -> bool:
+        """Whether it is not here, and first in line."""
+        return key == next((wanted for wanted in self._wanted if wanted not in self._residents), None)
 
-    async def _await_room(self) -> None:
-        """Returns once one more fits. Where all are in use for long, one of them is let out."""
-        lets_out = asyncio.get_running_loop().call_later(PATIENCE_S, self._let_out)
+    def _begin_load(self, key: Key, manifest: AdapterManifest) -> None:
+        self._residents[key] = _Resident(asyncio.create_task(self._timed_load(manifest)))
+        self._leaving = self._full_since = None
+        self._changed.notify_all()
+
+    async def _wait(self, key: Key) -> None:
+        """Until something has changed. The first in line lets an adapter out where there was no room for long."""
+        if self._leaving or not self._is_next(key):
+            await self._changed.wait()
+            return
+        now = time.monotonic()
+        self._full_since = self._full_since or now
         try:
-            async with self._released:
-                await self._released.wait_for(self._make_room)
-        finally:
-            lets_out.cancel()
-            self._leaving = None
+            async with asyncio.timeout(max(0.0, self._full_since + PATIENCE_S - now)):
+                await self._changed.wait()
+        except TimeoutError:
+            # One that is loaded, if there is: a load may hang with the registry, and so may those who wait for it.
+            self._leaving = next((held for held, resident in self._residents.items() if resident.loading.done()), None)
+            self._full_since = None
 
-    def _let_out(self) -> None:
-        """The least recently used adapter gets no more requests."""
-        self._leaving = next(iter(self._residents))
+    def _give_up(self, key: Key) -> None:
+        """One who wanted it has it, or waits no longer."""
+        self._wanted[key] -= 1
+        if not self._wanted[key]:
+            del self._wanted[key]
+        if all(wanted in self._residents for wanted in self._wanted):
+            self._leaving = None  # nobody needs its room any more
+        self._changed.notify_all()
 
     async def _timed_load(self, manifest: AdapterManifest) -> Served:
         began = time.monotonic()
@@ -163,8 +185,8 @@ class AdapterPool:
                 del self._residents[key]
                 if isinstance(error, AdapterRefusedError):
                     self._refused[key] = error, time.monotonic()
-        async with self._released:
-            self._released.notify_all()
+        async with self._changed:
+            self._changed.notify_all()
 
     def _raise_if_refused(self, key: Key) -> None:
         error, at = self._refused.get(key, (None, 0.0))

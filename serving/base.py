@@ -20,7 +20,7 @@ from hone.tasks import TaskName
 from models.tasks import TASKS, Head, Inputs, inputs_by
 from models.tasks.task import ProblemType
 from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
-from serving.engine.alone import Alone, check_steps
+from serving.engine.alone import AT_ONCE, Alone, check_steps
 from serving.engine.cache import bytes_per_token
 from serving.engine.capability import MOST_ROWS, CannotMixError, probe, room_of
 from serving.engine.classifier import Asked, Classification
@@ -139,7 +139,9 @@ class Engine:
 
     @property
     def max_rows(self) -> int:
-        """Answers that are made at once in one batch."""
+        """Answers that are made at once."""
+        if generates(self.base.task):
+            return self.generation.max_rows if self.generation else AT_ONCE
         return self.classification.max_rows
 
     @property
@@ -252,7 +254,7 @@ def load_engine(
         except CannotMixError as error:
             logger.warning("%s: its answers take turns, and each adapter gets a copy of it", error.message)
             check_steps(model, device)
-            parts = Parts(min(base.max_context, asked))
+            parts = Parts(_context_alone(base, model, max_context))
     elif kind == "encoder-decoder":
         parts = Parts(min(base.max_context, asked))
     else:
@@ -270,13 +272,14 @@ def load_engine(
         end_ids=end_ids(task, processor, model),
         **(_own_answers(model, published) if has_head else {}),
     )
-    rows = max_rows or MOST_ROWS
+    rows = max_rows or MOST_ROWS  # of classification too
     classification, alone = Classification(max_rows=rows, measures=measures), Alone(device, measures)
     works: list[Work] = [*([parts.generation] if parts.generation else []), classification, alone]
-    logger.info("serving %s on %s in %s: %d rows of up to %d tokens", served.name, device, dtype, rows, parts.max_context)
     vocabulary = model.get_input_embeddings().num_embeddings if medium_of(task) == "text" else 0
     thread = ModelThread(works)
-    return Engine(served, base.folder, TASKS_OF[kind], parts, alone, classification, measures, thread, vocabulary, dtype, device)
+    engine = Engine(served, base.folder, TASKS_OF[kind], parts, alone, classification, measures, thread, vocabulary, dtype, device)
+    logger.info("serving %s on %s in %s: %d rows of up to %d tokens", served.name, device, dtype, engine.max_rows, engine.max_context)
+    return engine
 
 
 def end_ids(task: TaskName, processor: Any, model: Any) -> frozenset[int]:
@@ -301,6 +304,18 @@ def _load_model(base: BaseModel, task: TaskName, device: torch.device, dtype: to
     if generates(task) and missing:
         raise BaseModelError(f"{base.id.name}: its weights lack {missing[0]} and {len(missing) - 1} more; the folder is incomplete")
     return model.to(device).eval().requires_grad_(False), not generates(task) and not missing
+
+
+def _context_alone(base: BaseModel, model: Any, max_context: int | None) -> int:
+    """Tokens of one answer where answers take turns, whose keys and values are not bounded together.
+
+    Raises:
+        BaseModelError: it cannot be served at the context that was asked for.
+    """
+    if max_context is not None and max_context > base.max_context:
+        raise BaseModelError(f"max_context {max_context} is past what {base.id.name} reaches: {base.max_context}")
+    room = int(free_memory(model.device) * MEMORY_SHARE) // bytes_per_token(model.config, model.dtype) // AT_ONCE
+    return max_context or max(1, min(base.max_context, room))
 
 
 def _decoder_parts(

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
-from hone.errors import CorruptAdapterError, UnknownAdapterError
+from hone.errors import CorruptAdapterError
 from hone.manifest import AdapterManifest, BaseModelId
 from hone.methods import HOW_SERVED
 from hone.recipe.serving import EngineName
@@ -86,16 +86,16 @@ class Catalog:
     def _resolve(self, model: str) -> AdapterManifest | None:
         """An adapter by the registry, or by what it said before while it cannot be read: what is in memory goes on answering."""
         try:
-            manifest = self.registry.resolve(model)
-        except UnknownAdapterError:
-            if self.registry.is_there or not self._known:
-                self._known.pop(model, None)
-                return None
-            return self._remembered(model)
+            manifest = self.registry.find(model)
         except OSError:
             return self._remembered(model)
         except CorruptAdapterError as error:
             raise AdapterRefusedError(error.message, "model") from None
+        if manifest is None:
+            if self.registry.is_there or not self._known:
+                self._known.pop(model, None)
+                return None
+            return self._remembered(model)
         self._known[model] = manifest
         self._known.move_to_end(model)
         if len(self._known) > REMEMBERED:

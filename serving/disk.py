@@ -8,6 +8,7 @@ a copy takes it along into its place, and what a killed process held is free.
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from hone.registry import check_files
 DISK_BYTES = ServingSettings().adapter_disk_bytes
 """By default."""
 STAGING = ".staging-"
+TRIES = 5
+"""Others may remove or replace a folder in between."""
 
 
 class AdapterDisk:
@@ -47,13 +50,15 @@ class AdapterDisk:
             OSError: the registry cannot be read.
         """
         here = self.root / manifest.digest
-        while True:
+        for _ in range(TRIES):
             for place in (_found(manifest, here), self._copied(manifest, source, here)):
                 with place as is_here:
                     if is_here:
-                        os.utime(here)  # when it was last used
+                        with suppress(PermissionError):  # another user's copy is as good
+                            os.utime(here)  # when it was last used
                         yield here
                         return
+        raise CorruptAdapterError(f"{manifest.ref}: {here} is not what was published, and cannot be replaced; remove it")
 
     @contextmanager
     def _copied(self, manifest: AdapterManifest, source: Path, here: Path) -> Iterator[bool]:
@@ -83,7 +88,7 @@ class AdapterDisk:
     def _make_room(self) -> None:
         """Remove copies that nobody goes on with, and what was not used for longest, until the rest fits."""
         held = []
-        for folder in self.root.iterdir():
+        for folder in filter(_is_ours, self.root.iterdir()):
             if folder.name.startswith(STAGING) and _remove(folder):
                 continue
             with suppress(FileNotFoundError):  # another replica has removed it
@@ -94,6 +99,11 @@ class AdapterDisk:
                 return
             if _remove(folder):
                 used -= bytes_in
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whatever else is in there is left alone."""
+    return folder.name.startswith(STAGING) or re.fullmatch(r"[0-9a-f]{64}", folder.name) is not None
 
 
 @contextmanager
@@ -127,7 +137,7 @@ def _locked(folder: Path, how: int) -> Iterator[bool]:
     """Lock a folder; whether it is there and could be locked."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         yield False
         return
     try:

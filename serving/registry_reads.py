@@ -5,9 +5,10 @@ They have threads of their own, so that nothing else of a process stands still w
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from serving.errors import UnreachableError
 
@@ -15,39 +16,58 @@ logger = logging.getLogger("ray.serve")
 
 AT_ONCE = 4
 PATIENCE_S = 5.0
-"""A read takes milliseconds."""
+"""A manifest or an alias is read in milliseconds."""
+LISTING_PATIENCE_S = 60.0
+"""All manifests may be ten thousand."""
 
 T = TypeVar("T")
 
 
 class RegistryReads:
-    """Of one process. On its event loop."""
+    """Reads of one kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_s: float | None = None) -> None:
+        self._patience_s = PATIENCE_S if patience_s is None else patience_s
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="registry")
-        self._hanging = 0
-        """Reads that were given up and have not come back. While there are any, none is begun."""
+        self._began: dict[object, float] = {}
+        """When each read that is going on was begun."""
+        self._is_said = False
 
-    async def read(self, now: Callable[[], T], known: Callable[[], T]) -> T:
-        """What `now` reads; where that cannot be read, or not for `PATIENCE_S`, what is `known` without it."""
-        if self._hanging:
+    @property
+    def is_hanging(self) -> bool:
+        """Whether a read has taken too long, and has not come back. While one has, none is begun."""
+        now = time.monotonic()
+        hangs = any(now - began > self._patience_s for began in list(self._began.values()))
+        if hangs and not self._is_said:
+            logger.warning("the registry has not answered for %g s; until it does, what is known of it goes on", self._patience_s)
+        self._is_said = hangs
+        return hangs
+
+    async def read(self, now: Callable[[], T], known: Callable[[], T], *, within_s: float | None = None) -> T:
+        """What `now` reads; where that cannot be read, or not in time, what is `known` without it.
+
+        Args:
+            now: Runs in a thread.
+            known: Reads nothing.
+            within_s: Less patience, of a caller with less time.
+        """
+        if self.is_hanging:
             return known()
-        reading = asyncio.get_running_loop().run_in_executor(self._threads, now)
-        done, _ = await asyncio.wait([reading], timeout=PATIENCE_S)
-        if not done:
-            self._hanging += 1
-            reading.add_done_callback(self._is_back)
-            logger.warning("the registry has not answered for %g s; until it does, what is known of it goes on", PATIENCE_S)
-            return known()
+        reading = asyncio.get_running_loop().run_in_executor(self._threads, self._timed, now)
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # where nobody waits for it any more
+        await asyncio.wait([reading], timeout=self._patience_s if within_s is None else min(within_s, self._patience_s))
         try:
-            return reading.result()
+            return reading.result() if reading.done() else known()
         except OSError:
             return known()
 
-    def _is_back(self, reading: "asyncio.Future[Any]") -> None:
-        self._hanging -= 1
-        if not reading.cancelled():
-            reading.exception()  # nobody waits for it any more
+    def _timed(self, now: Callable[[], T]) -> T:
+        this = object()
+        self._began[this] = time.monotonic()
+        try:
+            return now()
+        finally:
+            del self._began[this]
 
 
 def nothing_known() -> NoReturn:

@@ -43,7 +43,7 @@ from serving.catalog import BaseDescription, Catalog
 from serving.error_window import ErrorWindow
 from serving.errors import REPLICA_LOST, DeadlineError, RequestError, StoppingError, UnavailableError
 from serving.measured import Measured
-from serving.registry_reads import RegistryReads, nothing_known
+from serving.registry_reads import LISTING_PATIENCE_S, RegistryReads, nothing_known
 from serving.shadow import Shadows, failure
 
 logger = logging.getLogger("ray.serve")
@@ -114,7 +114,7 @@ class Released:
         self._watches: dict[str, _Watch] = {}
         self._counts: dict[str, dict[str, _Counts]] = {}
         self._moves: set[asyncio.Task[None]] = set()
-        self._reads = RegistryReads()
+        self._reads, self._listings = RegistryReads(), RegistryReads(patience_s=LISTING_PATIENCE_S)
         self._catalog: Catalog | None = None
 
     def add_route(self, app: FastAPI) -> None:
@@ -146,7 +146,7 @@ class Released:
     async def cards(self, caller: Caller) -> list[dict[str, Any]]:
         """See `Catalog.cards`. Raises UnreachableError where the registry cannot be read."""
         catalog = await self.catalog()
-        return await self._reads.read(partial(catalog.cards, caller), nothing_known)
+        return await self._listings.read(partial(catalog.cards, caller), nothing_known)
 
     async def card(self, model: str, caller: Caller) -> dict[str, Any]:
         """See `Catalog.card`."""

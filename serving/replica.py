@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hone.base_model import BaseModel, find_base_model
@@ -43,6 +44,7 @@ from serving.calls import (
 from serving.catalog import BaseDescription, Catalog
 from serving.contract import ServingEngine
 from serving.disk import DISK_BYTES, AdapterDisk
+from serving.engine.classifier import Asked
 from serving.engine.constraint import Constraint
 from serving.engine.generation import PREFILL_TOKENS
 from serving.engine.row import Event as RowEvent
@@ -239,13 +241,10 @@ class Replica:
                 if served.heads is None:
                     raise RequestError(f"{served.name} has no trained classification head; call a classification adapter", "model")
                 questions = await asyncio.to_thread(self._reader.questions, served, call.inputs, tenant=tenant, deadline=deadline)
-                asked = [question.asked for question in questions]
-                self._engine.ask(asked)
-                logits = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
+                tokens = [question.tokens for question in questions]
+                logits = await self._asked(call, served, [question.asked for question in questions], tokens)
                 answers = [answer(served, question, row) for question, row in zip(questions, logits, strict=True)]
-                tokens = sum(question.tokens for question in questions)
-                self._meter.add(call.caller, served.name, Used(1, prompt_tokens=tokens))
-                return Classified(served.name, served.digest, served.labels, served.problem_type, answers, tokens)
+                return Classified(served.name, served.digest, served.labels, served.problem_type, answers, sum(tokens))
         except RequestError as error:
             return Failed(error)
 
@@ -258,13 +257,21 @@ class Replica:
                 if heads is None or (served.weights is None and served is not self._engine.base):
                     raise RequestError(f"{served.name} makes no vectors of texts; call an encoder, or a LoRA adapter of one", "model")
                 asked = await asyncio.to_thread(self._reader.texts, served, call.inputs, heads, tenant=tenant, deadline=deadline)
-                self._engine.ask(asked)
-                vectors = await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
-                tokens = sum(each.cost for each in asked)
-                self._meter.add(call.caller, served.name, Used(1, prompt_tokens=tokens))
-                return Embedded(served.name, served.digest, [vector.tolist() for vector in vectors], tokens)
+                tokens = [each.cost for each in asked]
+                vectors = await self._asked(call, served, asked, tokens)
+                return Embedded(served.name, served.digest, [vector.tolist() for vector in vectors], sum(tokens))
         except RequestError as error:
             return Failed(error)
+
+    async def _asked(self, call: ClassifyCall | EmbedCall, served: Served, asked: Sequence[Asked], tokens: Sequence[int]) -> list[Tensor]:
+        """What the model says to each of them, which have so many `tokens`. However it ends, those that it has read are metered."""
+        self._engine.ask(asked)
+        try:
+            return await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
+        finally:
+            results = [each.result for each in asked]
+            read = [result.done() and not result.cancelled() and not result.exception() for result in results]
+            self._meter.add(call.caller, served.name, Used(1, sum(n for n, is_read in zip(tokens, read, strict=True) if is_read)))
 
     async def tokenize(self, call: TokenizeCall) -> Tokenized | Failed:
         """See `Backend.tokenize`."""
@@ -277,7 +284,8 @@ class Replica:
 
     async def _served(self, call: Call, deadline: float = math.inf) -> AbstractAsyncContextManager[Served]:
         """The base or the adapter that a call names, pinned in memory inside the block."""
-        manifest = await self._reads.read(partial(self._catalog.find, call.model), partial(self._catalog.known, call.model))
+        find, known = partial(self._catalog.find, call.model), partial(self._catalog.known, call.model)
+        manifest = await self._reads.read(find, known, within_s=max(0.0, deadline - time.monotonic()))
         base = self._engine.base
         name, task = (str(manifest.ref), manifest.task) if manifest else (base.name, base.task)
         call.caller.check(call.alias or call.model, call.model, *self._catalog.names(manifest))

@@ -59,6 +59,12 @@ def test_a_folder_without_a_name_and_less_than_no_bytes_are_refused(hone: Hone, 
     assert f"serving.{key}" in done.stderr
 
 
+def test_a_folder_of_another_machine_is_named_by_its_whole_path(hone: Hone) -> None:
+    done = hone("serve", "--base", "b", "--address", "http://127.0.0.1:9", "--adapter-disk", "kept")
+    assert done.returncode == 1
+    assert "--adapter-disk kept: with --address" in done.stderr
+
+
 def test_the_option_is_what_the_application_is_told(monkeypatch: pytest.MonkeyPatch, recipe_file: Path) -> None:
     sent: list[ServingSettings] = []
     monkeypatch.setattr("cluster.cli_serve._serve_on_cluster", lambda *_, serving, **__: sent.append(serving))

@@ -124,6 +124,32 @@ async def test_who_waits_for_room_gets_it_though_all_adapters_have_requests_all_
     assert loads.counts["c@1"] == 1
 
 
+async def test_nobody_waits_behind_others_for_what_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "PATIENCE_S", 60)
+    pool = AdapterPool(Loads(), capacity=2)
+    entered, leave = list[str](), {name: asyncio.Event() for name in "abcd"}
+
+    async def use(name: str, label: str) -> None:
+        async with pool.pinned(fake(name)):
+            entered.append(label)
+            await leave[name].wait()
+
+    tasks = []
+    for label in ("a", "b", "c, first", "d", "c, second"):
+        tasks.append(asyncio.create_task(use(label[0], label)))
+        await asyncio.sleep(0.02)
+    assert entered == ["a", "b"]
+    leave["a"].set()
+    async with asyncio.timeout(5):
+        while len(entered) < 4:
+            await asyncio.sleep(0.01)
+    assert entered[2:] == ["c, first", "c, second"], "and not behind d, which there is no room for yet"
+    for event in leave.values():
+        event.set()
+    await asyncio.gather(*tasks)
+    assert entered[4:] == ["d"]
+
+
 async def test_the_wait_for_room_and_for_the_load_ends_at_the_deadline() -> None:
     loads = Loads()
     pool = AdapterPool(loads, capacity=1)

@@ -96,6 +96,15 @@ def test_a_smaller_bound_holds_from_the_start(shelf: Shelf, root: Path) -> None:
     assert on(disk, shelf) == "d"
 
 
+def test_what_else_is_in_the_folder_stays(shelf: Shelf, root: Path) -> None:
+    (root / "photographs").mkdir(parents=True)
+    (root / "photographs" / "one").write_bytes(b"0" * 10**6)
+    bring(AdapterDisk(root, capacity=room(shelf, 1)), shelf[0], used_at=1)
+    disk = AdapterDisk(root, capacity=room(shelf, 1))
+    assert on(disk, shelf) == "a", "nor does it take the adapters' room"
+    assert (root / "photographs" / "one").exists()
+
+
 def test_nothing_leaves_for_what_an_unreachable_registry_has(shelf: Shelf, root: Path) -> None:
     disk = AdapterDisk(root, capacity=room(shelf, 1))
     bring(disk, shelf[0], used_at=0)

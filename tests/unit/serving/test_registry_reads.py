@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -11,10 +13,11 @@ import pytest
 
 from hone.registry import Registry
 from hone.storage import Home
-from serving import registry_reads
+from serving import registry_reads, releases
 from serving.calls import Failed
 from serving.errors import UnreachableError
 from serving.ingress import make_app
+from serving.registry_reads import RegistryReads
 from serving.replica import Replica
 from tests.unit.serving.test_adapters_in_use import ask, error, replica, text
 
@@ -36,10 +39,15 @@ def hanging(file: Path) -> Iterator[None]:
         os.close(pipe)
 
 
-@pytest.fixture
-def alias_of_one(replica: Replica, home: Home, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ARG001
-    """The file of the alias `prod`."""
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry_reads, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(releases, "LISTING_PATIENCE_S", 0.3)
+
+
+@pytest.fixture
+def alias_of_one(replica: Replica, home: Home) -> Path:  # noqa: ARG001
+    """The file of the alias `prod`."""
     registry = Registry(home)
     registry.set_alias("prod", "one@1")
     [file] = (registry.root / ".aliases").glob("prod*.json")
@@ -76,3 +84,18 @@ async def test_the_list_of_models_is_a_503_while_the_registry_hangs_and_holds_up
         async with asyncio.timeout(60):
             while (await client.get("/v1/models")).status_code != 200:
                 await asyncio.sleep(0.05)
+
+
+async def test_a_hang_is_noticed_though_every_caller_leaves_before() -> None:
+    reads, come_back = RegistryReads(), threading.Event()
+    for _ in range(10):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await reads.read(come_back.wait, lambda: True)
+    began = time.monotonic()
+    assert await reads.read(lambda: "new", lambda: "known") == "known"
+    assert time.monotonic() - began < 0.2, "nothing was begun"
+    come_back.set()
+    while reads.is_hanging:
+        await asyncio.sleep(0.01)
+    assert await reads.read(lambda: "new", lambda: "known") == "new"
