@@ -58,6 +58,7 @@ class Catalog:
         self.base = base
         self._known: OrderedDict[str, AdapterManifest] = OrderedDict()
         """What ids meant when the registry could last be read."""
+        self._was_there = registry.is_there
 
     def find(self, model: str) -> AdapterManifest | None:
         """What a model id means right now: an adapter, or None for the base.
@@ -115,7 +116,15 @@ class Catalog:
 
     def cards(self, caller: Caller = ANONYMOUS) -> list[dict[str, Any]]:
         """Every model id that a caller may use, as OpenAI's model object: the base, its adapters by name and version, and the aliases of
-        those."""
+        those.
+
+        Raises:
+            UnreachableError: the registry was there before and is not: a shorter list would look as if adapters had been removed.
+        """
+        is_there = self.registry.is_there
+        if self._was_there and not is_there:
+            raise UnreachableError("the registry cannot be read now; try again")
+        self._was_there = is_there
         adapters = [manifest for manifest in self.registry.adapters() if self._is_served(manifest)]
         taken = {name for manifest in adapters for name in (manifest.name, str(manifest.ref))}
         served = {str(manifest.ref): manifest for manifest in adapters}

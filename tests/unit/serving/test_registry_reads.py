@@ -84,6 +84,11 @@ async def test_the_list_of_models_is_a_503_while_the_registry_hangs_and_holds_up
         async with asyncio.timeout(60):
             while (await client.get("/v1/models")).status_code != 200:
                 await asyncio.sleep(0.05)
+        away = Registry(home).root.rename(home.root / "away")
+        gone = await client.get("/v1/models")
+        away.rename(Registry(home).root)
+        assert gone.json()["error"]["code"] == "registry_unreachable", "and not a list that looks as if adapters had been removed"
+        assert (await client.get("/v1/models")).status_code == 200
 
 
 async def test_a_hang_is_noticed_though_every_caller_leaves_before() -> None:
