@@ -173,7 +173,7 @@ def test_aliases_keys_usage_and_metrics_are_those_of_every_engine(llama: Path, t
     assert sum(measured.histograms["time_to_first_token_seconds"].counts) == 2
     assert sum(measured.histograms["queue_wait_seconds"].counts) == 2
     assert measured.gauges["adapters_resident"] == 1
-    assert measured.keys["default/caller"].completion_tokens == usage["completion_tokens"]
+    assert measured.keys["default/caller"].used.completion_tokens == usage["completion_tokens"]
 
 
 def falsify(folder: Path) -> None:
