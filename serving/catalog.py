@@ -15,6 +15,7 @@ from hone.registry import Registry
 from hone.tasks import TASKS, TaskName
 from serving.callers import ANONYMOUS, Caller
 from serving.errors import AdapterRefusedError, UnknownModelError, UnreachableError
+from serving.registry_reads import nothing_known
 
 REMEMBERED = 10_000
 """Ids."""
@@ -123,7 +124,7 @@ class Catalog:
         """
         is_there = self.registry.is_there
         if self._was_there and not is_there:
-            raise UnreachableError("the registry cannot be read now; try again")
+            nothing_known()
         self._was_there = is_there
         adapters = [manifest for manifest in self.registry.adapters() if self._is_served(manifest)]
         taken = {name for manifest in adapters for name in (manifest.name, str(manifest.ref))}
