@@ -42,7 +42,9 @@ def promote(
         ),
     ] = None,
     why: Why = "",
-    force: Annotated[bool, typer.Option("--force", help="Move whatever `publish.gate` of its recipe says; the history keeps it.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Move whatever `publish.gate` of its recipe says, or to another base; the history keeps it.")
+    ] = False,
     home: HomeOption = None,
 ) -> None:
     """Let a version answer under an alias, for all its requests or a share, if its gate lets it. What is not said stays as it was."""
@@ -55,7 +57,13 @@ def promote(
         shadow=AS_IT_WAS if shadow is None else _shadow(shadow),
         rollback=AS_IT_WAS if rollback_on is None else _policy(rollback_on),
     )
-    _print_move(alias, promote_(_registry(home), alias, version, wishes=wishes, force=force, why=why))
+    registry = _registry(home)
+    before = registry.alias(alias)
+    moved = promote_(registry, alias, version, wishes=wishes, force=force, why=why)
+    if before and before.number == moved.number:
+        output().print(f"{alias} -> {moved.current.says()}, as before; nothing was changed", markup=False)
+        return
+    _print_move(alias, moved)
 
 
 def rollback(
@@ -64,7 +72,7 @@ def rollback(
     why: Why = "",
     home: HomeOption = None,
 ) -> None:
-    """Bring back the state before the present one, or state N."""
+    """Bring back what the alias meant before, or state N."""
     from hone.promotion import roll_back
 
     _print_move(alias, roll_back(_registry(home), alias, to=to, why=why))

@@ -29,7 +29,7 @@ def serve(
     ] = None,
     engine: Annotated[
         EngineName | None,
-        typer.Option(help="What makes the answers: hone's own slot engine, or vLLM (pip install 'hone[vllm]').", show_default="slots"),
+        typer.Option(help="What makes the answers: hone's own slot engine, or vLLM (pip install 'hone\\[vllm]').", show_default="slots"),
     ] = None,
     home: HomeOption = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to answer on.")] = 8000,

@@ -25,7 +25,7 @@ def top(
 
     from cluster.watch import compare, drawn, scrape
 
-    key = os.environ.get("HONE_API_KEY")
+    key, url = os.environ.get("HONE_API_KEY"), url.rstrip("/").removesuffix("/v1")
     before = scrape(url, key=key)
     if once or as_json:
         time.sleep(interval)

@@ -75,7 +75,8 @@ def check_bind(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ResourceError(f"port {port} on {host}: {_why(error)}; choose another with --port") from None
+            other = "address with --host" if error.errno == errno.EADDRNOTAVAIL else "port with --port"
+            raise ResourceError(f"port {port} on {host}: {_why(error)}; choose another {other}") from None
 
 
 def deploy(

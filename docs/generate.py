@@ -116,7 +116,8 @@ def _command(name: str, command: Any, parts: list[str]) -> None:
 
 
 def _line(text: str | None) -> str:
-    return " ".join((text or "").split())
+    """Without the backslashes that keep the terminal from reading a bracket as markup."""
+    return " ".join((text or "").replace("\\[", "[").split())
 
 
 def _spelling(parameter: Any) -> str:

@@ -24,6 +24,11 @@ from hone.database import Database, Table
 from hone.errors import HoneError, ResourceError
 from hone.ids import NAME_PATTERN
 
+MOST = 10**12
+"""Requests or tokens a minute; well inside what a store's integers hold."""
+LAST_MOMENT = 253_402_300_799
+"""The end of the year 9999, past which Python has no dates."""
+
 Scope = Literal["inference", "metrics", "admin"]
 """`inference`: the /v1 routes. `metrics`: /metrics, and who is in memory. `admin`: everything."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -205,9 +210,11 @@ def _check(
         raise HoneError(f"scope {unknown!r}: a key has some of {', '.join(SCOPES)}")
     if not adapters or not all(adapters):
         raise HoneError("adapters: at least one pattern, such as 'support-*'; '*' is all of them")
-    if any(limit is not None and limit < 1 for limit in limits):
-        raise HoneError("limits are at least 1 a minute; leave one out for no limit")
+    if any(limit is not None and not 1 <= limit <= MOST for limit in limits):
+        raise HoneError(f"limits are from 1 to {MOST:,} a minute; leave one out for no limit")
     if expires_at is not None and expires_at <= now:
         raise HoneError("the key would have expired already")
+    if expires_at is not None and expires_at > LAST_MOMENT:
+        raise HoneError("the key would expire after the year 9999; leave --expires out for one that never does")
     if not 0 < weight < math.inf:
         raise HoneError(f"weight {weight}: a number above 0, such as 2 for twice the share of a project whose keys have 1")

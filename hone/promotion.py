@@ -40,19 +40,19 @@ AS_BEFORE = Wishes()
 def promote(
     registry: Registry, alias: str, version: str, *, wishes: Wishes = AS_BEFORE, force: bool = False, by: str | None = None, why: str = ""
 ) -> Alias:
-    """Let a version answer under an alias, which is made where there is none.
+    """Let a version answer under an alias, which is made where there is none. Where that changes nothing, nothing is written.
 
     Args:
         registry: Where both are.
         alias: Its name.
         version: `name@version`; what `name` or another alias means now is written down as such.
         wishes: With what share, and what else.
-        force: Move whatever the gate says; what it says is kept in the history.
+        force: Move whatever there is against it; that is kept in the history.
         by: Who does it; by default this user on this machine.
         why: For the history.
 
     Raises:
-        GateError: the version's gate has something against it. The alias stays where it is.
+        GateError: the version's gate has something against it, or it is asked other questions than the alias. That stays where it is.
         UnknownAdapterError: no such version.
         RegistryError: the alias is the name of an adapter, or the versions cannot answer under one name.
     """
@@ -61,14 +61,17 @@ def promote(
     with registry.alias_files.locked(name):
         before = registry.alias_files.read(name)
         grows = before is None or wishes.share > before.current.weight_of(str(manifest.ref))
-        against = _objections(registry, manifest, before) if grows else []
+        gate = _objections(registry, manifest, before) if grows else []
+        against = [*gate, *_unlike(registry, manifest, before, alias=name)]
         if against and not force:
             stays = f"{name!r} goes on meaning {before.current.says()}" if before else f"there is no {name!r} yet"
             raise GateError(
-                f"{manifest.ref}: {'; '.join(against)}; {stays}. It is `publish.gate` of its recipe that says so; "
+                f"{manifest.ref}: {'; '.join(against)}; {stays}. {'It is `publish.gate` of its recipe that says so; ' if gate else ''}"
                 f"`hone adapters promote {name} {manifest.ref} --force` moves the alias anyway"
             )
         state = _promoted(registry, manifest, before.current if before else None, wishes)
+        if before and state.answers_as(before.current):
+            return before
         state = state.model_copy(update={"by": by or whoever(), "why": why, "forced": tuple(against)})
         return _write(registry, name, before, state)
 
@@ -159,6 +162,18 @@ def _objections(registry: Registry, manifest: AdapterManifest, before: Alias | N
     present = registry.resolve(main.version) if main and _is_there(registry, main.version) else None
     found = Candidate(manifest, registry.path(manifest.ref))
     return objections(found, Candidate(present, registry.path(present.ref)) if present else None)
+
+
+def _unlike(registry: Registry, manifest: AdapterManifest, before: Alias | None, *, alias: str) -> list[str]:
+    """What would no longer be answered as those who call the alias expect it."""
+    present = before.current.main.version if before else None
+    if present is None or not _is_there(registry, present):
+        return []
+    try:
+        _check_alike(manifest, registry.resolve(present))
+    except RegistryError as error:
+        return [f"{error.message}, and who calls {alias!r} would be told so"]
+    return []
 
 
 def _promoted(registry: Registry, manifest: AdapterManifest, now: Release | None, wishes: Wishes) -> Release:

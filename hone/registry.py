@@ -125,7 +125,11 @@ class Registry:
         Raises:
             CorruptAdapterError: a file is missing, extra or changed; all of them are named.
         """
-        check_files(self.path(ref), self.resolve(str(ref)))
+        folder = self.path(ref)
+        try:
+            check_files(folder, self.resolve(str(ref)))
+        except CorruptAdapterError as error:
+            raise CorruptAdapterError(f"{error.message} (they lie in {folder})") from None
 
     def alias(self, name: str) -> Alias | None:
         """An alias with its history, or None where the text is the name of none."""
@@ -223,7 +227,7 @@ def check_files(folder: Path, manifest: AdapterManifest) -> None:
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST_FILE}
     wrong += [f"{name} was added" for name in sorted(present - manifest.files.keys())]
     if wrong:
-        raise CorruptAdapterError(f"{manifest.ref}: {'; '.join(wrong)}; restore the folder {folder} or publish a new version")
+        raise CorruptAdapterError(f"{manifest.ref}: {'; '.join(wrong)}; restore its files, or publish a new version")
 
 
 def _refuse_unsafe(folder: Path) -> None:

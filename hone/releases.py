@@ -104,6 +104,10 @@ class Release(_State):
         """Every version that it names, the shadow's too."""
         return [*(each.version for each in self.targets), *([self.shadow.version] if self.shadow else [])]
 
+    def answers_as(self, other: "Release") -> bool:
+        """Whether requests are answered the same in both, whoever made them when and why."""
+        return all(getattr(self, name) == getattr(other, name) for name in ("targets", "sticky", "shadow", "rollback"))
+
     def weight_of(self, version: str) -> float:
         """Its share of the requests, 0 where it does not answer."""
         return next((each.weight for each in self.targets if each.version == version), 0.0)
@@ -162,15 +166,18 @@ class Alias(_State):
 
     def earlier(self) -> Iterator[int]:
         """Numbers of the states that going back leads through, the nearest first. What was once rolled back from is not among them:
-        before a state that restores another is what was before that other."""
-        number = self.number
+        before a state that restores another is what was before that other. Nor are those next to each other that answer the same: going
+        back is to change something."""
+        number, after = self.number, self.current
         while True:
             while (restored := self.history[number - 1].restores) is not None:
                 number = restored
             number -= 1
             if number < 1:
                 return
-            yield number
+            if not self.history[number - 1].answers_as(after):
+                yield number
+            after = self.history[number - 1]
 
     def then(self, state: Release) -> "Alias":
         """With one state more."""

@@ -4,6 +4,7 @@ Two deployments. The ingress holds no model: it validates, routes and formats, s
 base. Serve's HTTP server binds 127.0.0.1 unless told otherwise.
 """
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -269,8 +270,13 @@ class ServeBackend:
         return said
 
     async def _ask(self, method: str, *args: Any) -> Any:
+        response = getattr(self._handle, method).remote(*args)
         with _serves_errors():
-            return await getattr(self._handle, method).remote(*args)
+            try:
+                return await response
+            except asyncio.CancelledError:  # the client has gone; Serve tells only replicas that it streams from
+                response.cancel()
+                raise
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from models.tasks.task import ProblemType
 from models.tasks.tokenizer import NO_TEMPLATE, lacks_template
 from serving.engine.alone import AT_ONCE, Alone, check_steps
 from serving.engine.cache import bytes_per_token
-from serving.engine.capability import MOST_ROWS, CannotMixError, probe, room_of
+from serving.engine.capability import MOST_ROWS, CannotMixError, check_architecture, probe, room_of
 from serving.engine.classifier import Asked, Classification
 from serving.engine.decoder import Decoder
 from serving.engine.generation import PREFILL_TOKENS, Generation
@@ -314,7 +314,9 @@ def _context_alone(base: BaseModel, model: Any, max_context: int | None) -> int:
     """
     if max_context is not None and max_context > base.max_context:
         raise BaseModelError(f"max_context {max_context} is past what {base.id.name} reaches: {base.max_context}")
-    room = int(free_memory(model.device) * MEMORY_SHARE) // bytes_per_token(model.config, model.dtype) // AT_ONCE
+    with torch.inference_mode():
+        cache = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    room = int(free_memory(model.device) * MEMORY_SHARE) // bytes_per_token(cache) // AT_ONCE
     return max_context or max(1, min(base.max_context, room))
 
 
@@ -335,14 +337,19 @@ def _decoder_parts(
         BaseModelError: it cannot be served at the context that was asked for.
     """
     memory = free_memory(model.device)
-    rows, context = room_of(
-        model, positions=base.max_context, max_context=max_context, max_rows=max_rows, memory_bytes=int(memory * MEMORY_SHARE)
-    )
+    check_architecture(model)
     mixer = Mixer(model)
     decoder = Decoder(model, mixer)
-    with torch.inference_mode():
-        probe(decoder)
-    kept = int(memory * PREFIX_SHARE) // bytes_per_token(model.config, model.dtype) if prefix_tokens is None else prefix_tokens
+    token_bytes = probe(decoder)
+    rows, context = room_of(
+        decoder,
+        token_bytes=token_bytes,
+        positions=base.max_context,
+        max_context=max_context,
+        max_rows=max_rows,
+        memory_bytes=int(memory * MEMORY_SHARE),
+    )
+    kept = int(memory * PREFIX_SHARE) // token_bytes if prefix_tokens is None else prefix_tokens
     generation = make(decoder, max_rows=rows, max_context=context, prefix_tokens=kept)
     return Parts(context, mixer, decoder, generation, _trunk_heads(model.base_model, mixer, inputs)), rows
 

@@ -175,6 +175,8 @@ class Failed:
     """The request cannot be answered (any further). A value and not an exception, so that a caller's mistake is not a replica's crash."""
 
     error: RequestError
+    tokens: int = 0
+    """That the model read for it nevertheless, of inputs to classify or to make vectors of."""
 
 
 Event = Started | Piece | Done | Failed

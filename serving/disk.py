@@ -7,6 +7,7 @@ a copy takes it along into its place, and what a killed process held is free.
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from hone.errors import CorruptAdapterError
 from hone.manifest import MANIFEST_FILE, AdapterManifest
 from hone.recipe.serving import ServingSettings
 from hone.registry import check_files
+
+logger = logging.getLogger("ray.serve")
 
 DISK_BYTES = ServingSettings().adapter_disk_bytes
 """By default."""
@@ -58,7 +61,10 @@ class AdapterDisk:
                             os.utime(here)  # when it was last used
                         yield here
                         return
-        raise CorruptAdapterError(f"{manifest.ref}: {here} is not what was published, and cannot be replaced; remove it")
+        logger.error("%s: %s is not what was published, and cannot be replaced; remove it", manifest.ref, here)
+        raise CorruptAdapterError(
+            f"{manifest.ref}: its copy on the server's disk is damaged and cannot be replaced; the server's log says more"
+        )
 
     @contextmanager
     def _copied(self, manifest: AdapterManifest, source: Path, here: Path) -> Iterator[bool]:

@@ -24,7 +24,11 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        message = {404: f"no route {request.method} {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+        message = {
+            400: "the body cannot be read as JSON in UTF-8",
+            404: f"no route {request.method} {request.url.path}",
+            405: f"{request.method} is not for {request.url.path}",
+        }
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         body = error_body(message.get(error.status_code, str(error.detail)), kind=kind)
         return JSONResponse(body, error.status_code, error.headers)

@@ -143,6 +143,11 @@ def _add_reading_routes(app: FastAPI, released: Released, counts: Counts) -> Non
         caller = visit_of(request).caller
         return {"status": "ok", **(asdict(status) if caller and caller.has("metrics") else {})}
 
+    @app.head("/healthz", include_in_schema=False)
+    async def reachable() -> Response:
+        """What some load balancers ask."""
+        return Response()
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Any:
         """Everything that is measured, as Prometheus reads it."""
@@ -180,10 +185,9 @@ async def _settled(answer: Awaitable[R | Failed], reservation: Reservation) -> R
     except Exception:
         reservation.settle(0)
         raise
-    if isinstance(result, Failed):
-        reservation.settle(0)
-        raise result.error
     reservation.settle(result.tokens)
+    if isinstance(result, Failed):
+        raise result.error
     return result
 
 

@@ -9,7 +9,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -44,6 +44,9 @@ class Sums:
         for seconds in first_tokens:
             self.first_tokens.observe(seconds)
 
+    def copy(self) -> "Sums":
+        return Sums(replace(self.used), self.first_tokens.copy())
+
 
 class Tally:
     """Sums by name, of a bounded number of names."""
@@ -57,7 +60,7 @@ class Tally:
         self._sums.setdefault(name, Sums()).add(used, first_tokens)
 
     def copy(self) -> dict[str, Sums]:
-        return {name: Sums(Used(**vars(sums.used)), sums.first_tokens.copy()) for name, sums in self._sums.items()}
+        return {name: sums.copy() for name, sums in self._sums.items()}
 
 
 class Meter:
@@ -109,7 +112,7 @@ class Meter:
     def _flush(self) -> None:
         assert self._url is not None
         with self._lock:
-            changed = {slot: Used(**vars(self._totals[slot])) for slot in self._changed}
+            changed = {slot: replace(self._totals[slot]) for slot in self._changed}
             self._changed.clear()
             kept_from = hour_of() - HOUR  # an hour that has ended, in case the clock is set back
             self._totals = {slot: used for slot, used in self._totals.items() if slot in changed or slot.hour >= kept_from}

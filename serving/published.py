@@ -37,7 +37,7 @@ def read_tensors(folder: Path, name: str, manifest: AdapterManifest) -> dict[str
     """
     content = (folder / name).read_bytes()
     if sha256(content).hexdigest() != manifest.files[name].sha256:
-        raise CorruptAdapterError(f"{manifest.ref}: {name} has changed while it was read; try again, or restore the folder {folder}")
+        raise CorruptAdapterError(f"{manifest.ref}: {name} has changed while it was read; try again, or restore its files")
     return dict(sorted(load(content).items()))
 
 
@@ -81,7 +81,7 @@ class PublishedFiles:
         except RequestError:
             raise
         except CorruptAdapterError as error:
-            raise AdapterRefusedError(f"{manifest.ref} has changed since it was published: {error.message}", "model") from None
+            raise AdapterRefusedError(error.message, "model") from None
         except (HoneError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise AdapterRefusedError(f"{manifest.ref} cannot be served: {error}", "model") from error
         return served

@@ -255,6 +255,8 @@ class Released:
         counts = self._counts.setdefault(picked.alias, {}).setdefault(picked.version, _Counts())
         counts.requests += 1
         counts.errors += is_error
+        if error is not None and not is_error:
+            return  # it says nothing of the version, and many of them would hide one that always fails
         policy = picked.release.rollback
         watch = self._watches.get(picked.alias)
         if watch is None or watch.number < picked.number:

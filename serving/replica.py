@@ -239,10 +239,13 @@ class Replica:
         try:
             async with await self._served(call, deadline) as served:
                 if served.heads is None:
-                    raise RequestError(f"{served.name} has no trained classification head; call a classification adapter", "model")
+                    other = ", or POST /v1/embeddings for a vector" if self._engine.embedding else ""
+                    raise RequestError(f"{served.name} has no trained classification head; call a classification adapter{other}", "model")
                 questions = await asyncio.to_thread(self._reader.questions, served, call.inputs, tenant=tenant, deadline=deadline)
                 tokens = [question.tokens for question in questions]
                 logits = await self._asked(call, served, [question.asked for question in questions], tokens)
+                if isinstance(logits, Failed):
+                    return logits
                 answers = [answer(served, question, row) for question, row in zip(questions, logits, strict=True)]
                 return Classified(served.name, served.digest, served.labels, served.problem_type, answers, sum(tokens))
         except RequestError as error:
@@ -259,19 +262,23 @@ class Replica:
                 asked = await asyncio.to_thread(self._reader.texts, served, call.inputs, heads, tenant=tenant, deadline=deadline)
                 tokens = [each.cost for each in asked]
                 vectors = await self._asked(call, served, asked, tokens)
+                if isinstance(vectors, Failed):
+                    return vectors
                 return Embedded(served.name, served.digest, [vector.tolist() for vector in vectors], sum(tokens))
         except RequestError as error:
             return Failed(error)
 
-    async def _asked(self, call: ClassifyCall | EmbedCall, served: Served, asked: Sequence[Asked], tokens: Sequence[int]) -> list[Tensor]:
+    async def _asked(
+        self, call: ClassifyCall | EmbedCall, served: Served, asked: Sequence[Asked], tokens: Sequence[int]
+    ) -> list[Tensor] | Failed:
         """What the model says to each of them, which have so many `tokens`. However it ends, those that it has read are metered."""
         self._engine.ask(asked)
         try:
             return await asyncio.gather(*(asyncio.wrap_future(each.result) for each in asked))
+        except RequestError as error:
+            return Failed(error, _read(asked, tokens))
         finally:
-            results = [each.result for each in asked]
-            read = [result.done() and not result.cancelled() and not result.exception() for result in results]
-            self._meter.add(call.caller, served.name, Used(1, sum(n for n, is_read in zip(tokens, read, strict=True) if is_read)))
+            self._meter.add(call.caller, served.name, Used(1, _read(asked, tokens)))
 
     async def tokenize(self, call: TokenizeCall) -> Tokenized | Failed:
         """See `Backend.tokenize`."""
@@ -358,6 +365,12 @@ def _row(
         asked_at=asked_at,
         deadline=deadline,
     )
+
+
+def _read(asked: Sequence[Asked], tokens: Sequence[int]) -> int:
+    """Tokens of those that the model has answered."""
+    done = [each.result.done() and not each.result.cancelled() and not each.result.exception() for each in asked]
+    return sum(n for n, is_done in zip(tokens, done, strict=True) if is_done)
 
 
 def _tool_streams(served: Served, call: ChatCall | CompletionCall) -> list[ToolStream]:

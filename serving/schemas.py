@@ -17,22 +17,41 @@ from serving.errors import RequestError
 from serving.tool_schemas import TOOLS_AT_MOST, ResponseFormat, Text, Tool, ToolCall, ToolChoice, encodable, tools_of
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
     "echo": (False,),
     "function_call": (),
     "functions": ([],),
+    "guided_choice": ([],),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
+    "prompt_logprobs": (0,),
     "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
-"""Parameters that this version does not do -> the values that ask for nothing (null always does)."""
+"""Parameters of OpenAI's or vLLM's that this version does not do -> the values that ask for nothing (null always does)."""
 CHOICES_AT_MOST = 16
 BIASES_AT_MOST = 1024
 LIMIT = 2**31

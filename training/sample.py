@@ -189,6 +189,8 @@ def pretrain(model: Any, tokens: torch.Tensor, *, steps: int, rows: int, length:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     loss = torch.tensor(0.0)
+    if not console.is_terminal:
+        console.print(f"pre-training the base, {steps} steps", highlight=False)
     for _ in track(range(steps), description="pre-training the base", console=console, disable=not console.is_terminal):
         starts = torch.randint(len(tokens) - length, (rows,))
         windows = torch.stack([tokens[n : n + length] for n in starts.tolist()])
@@ -221,4 +223,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

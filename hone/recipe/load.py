@@ -136,8 +136,9 @@ def _explain(error: Any, tree: dict[str, Any], where: str, lines: dict[tuple[str
         if path[-1] in fields_at(Recipe, path[:-1]):
             return f"{place}: {key}: does not go with the type chosen there; remove it"
         near = _nearest(path)
+        known = ", ".join(fields_at(Recipe, path[:-1]))
         return f"{place}: {key}: unknown key" + (
-            f"; did you mean {near}?" if near else f"; known here: {', '.join(fields_at(Recipe, path[:-1]))}"
+            f"; did you mean {near}?" if near else f"; known here: {known}" if known else "; remove it"
         )
     if error["type"] == "missing":
         return f"{place}: {key}: required, and not there"

@@ -159,9 +159,8 @@ class BlockStore:
         return like.new_empty(CHUNK, like.shape[1], self._block, like.shape[3])
 
 
-def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize)
+def bytes_per_token(cache: Cache) -> int:
+    """Keys and values of one token in all layers of a cache that holds some. Measured, for no configuration says it of every architecture:
+    layers may differ, or share, or keep something smaller."""
+    kept = [tensor for layer in cache.layers for name in ("keys", "values") if (tensor := getattr(layer, name, None)) is not None]
+    return max(1, sum(int(tensor[0, :, 0].nbytes) for tensor in kept))

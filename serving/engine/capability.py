@@ -4,20 +4,24 @@ Whether one can is found when the server starts, with the reason where it cannot
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from hone.errors import BaseModelError
 from serving.engine.cache import SlotCache, bytes_per_token
-from serving.engine.decoder import Decoder
+from serving.engine.decoder import FULL, SLIDING, Decoder
 from serving.engine.lora import Segments
 
 NEEDED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
-ATTENTION = {"full_attention", "sliding_attention"}
+ATTENTION = {FULL, SLIDING}
 ROPE_OF_THE_WHOLE_BATCH = {"dynamic", "longrope"}
 """These change every row's rotation once any row of the batch is longer than the original context."""
 PROBE_TOKENS = 12
+PROBE_WINDOW = 5
+"""That layers of sliding attention get while it is tried whether the engine slides it as they do."""
 MOST_ROWS, FEWEST_ROWS = 32, 16
 """Unless it is said how many: a step with 32 rows makes 1.25 times the tokens a second of one with 16 (docs/decisions/0024)."""
 
@@ -31,37 +35,66 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-3 if dtype == torch.float32 else 5e-2
 
 
-def room_of(model: Any, *, positions: int, max_context: int | None, max_rows: int | None, memory_bytes: int) -> tuple[int, int]:
+def room_of(
+    decoder: Decoder, *, token_bytes: int, positions: int, max_context: int | None, max_rows: int | None, memory_bytes: int
+) -> tuple[int, int]:
     """Rows that run at once, and tokens that one of them may have, prompt and answer together.
 
     Args:
-        model: The base.
+        decoder: The base, after `probe`.
+        token_bytes: Keys and values of one token.
         positions: What its position embeddings reach.
         max_context: As it was asked for; without that, the most that the architecture and the memory allow.
         max_rows: As it was asked for; without that, `MOST_ROWS`, or fewer where each would have less than the whole context.
         memory_bytes: What may be spent on keys and values.
 
     Raises:
-        CannotMixError: rows of this architecture cannot share a batch.
-        BaseModelError: it is no decoder, or cannot be served at the context that was asked for.
+        BaseModelError: it cannot be served at the context that was asked for.
     """
-    config = model.config.get_text_config()
-    _check_architecture(model, config)
-    limits = {"its position embeddings": positions, **_window_limits(config)}
+    limits = {"its position embeddings": positions, **_limits(decoder)}
     reason, most = min(limits.items(), key=lambda item: item[1])
     if max_context is not None and max_context > most:
-        raise BaseModelError(f"max_context {max_context} is past what {type(model).__name__} can be served at: {most}, for {reason}")
-    tokens = memory_bytes // bytes_per_token(config, model.dtype)
+        name = type(decoder.model).__name__
+        raise BaseModelError(f"max_context {max_context} is past what {name} can be served at: {most}, for {reason}")
+    tokens = memory_bytes // token_bytes
     rows = max_rows or min(MOST_ROWS, max(FEWEST_ROWS, tokens // (max_context or most)))
     return rows, max_context or max(1, min(most, tokens // rows))
 
 
-def probe(decoder: Decoder) -> None:
-    """Compare the slot engine with the model's own plain forward pass, on rows of different lengths, in pieces, one decode step included.
+@torch.inference_mode()
+def probe(decoder: Decoder) -> int:
+    """Compare the slot engine with the model's own plain forward pass, on rows of different lengths, in pieces, one decode step included;
+    where layers see a window of tokens, with one so short that it slides. If that alone goes wrong, the engine slides none
+    (`decoder.window` is None), and the context stays within it.
+
+    Returns:
+        Bytes of one token's keys and values.
 
     Raises:
         CannotMixError: they differ.
     """
+    if decoder.window is not None:
+        try:
+            with _short_window(decoder):
+                _compare(decoder)
+        except CannotMixError:
+            decoder.window = None
+    return _compare(decoder)
+
+
+@contextmanager
+def _short_window(decoder: Decoder) -> Iterator[None]:
+    """Inside the block, model and engine slide a window of `PROBE_WINDOW` tokens."""
+    config, window = decoder.model.config.get_text_config(), decoder.window
+    config.sliding_window = decoder.window = PROBE_WINDOW
+    try:
+        yield
+    finally:
+        config.sliding_window = decoder.window = window
+
+
+def _compare(decoder: Decoder) -> int:
+    """As `probe`, with the window as it is."""
     model = decoder.model
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -82,10 +115,17 @@ def probe(decoder: Decoder) -> None:
             f"{type(model).__name__}: rows in one batch do not give what each gives alone (relative difference {difference:.2g}), "
             "so its adapters cannot be mixed"
         )
+    return bytes_per_token(cache)
 
 
-def _check_architecture(model: Any, config: Any) -> None:
-    name = type(model).__name__
+def check_architecture(model: Any) -> None:
+    """What its configuration and its signature say.
+
+    Raises:
+        CannotMixError: rows of this architecture cannot share a batch.
+        BaseModelError: it is no decoder.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise BaseModelError(f"{name} is an encoder-decoder; this engine serves decoders and encoders")
     missing = [argument for argument in NEEDED_ARGUMENTS if argument not in inspect.signature(model.forward).parameters]
@@ -99,12 +139,12 @@ def _check_architecture(model: Any, config: Any) -> None:
         )
 
 
-def _window_limits(config: Any) -> dict[str, int]:
+def _limits(decoder: Decoder) -> dict[str, int]:
     """What the context must stay within for a batch of rows to be computed as each row alone would be."""
-    limits = {}
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if windowed and getattr(config, "sliding_window", None):
-        limits["its sliding window, which this engine does not slide"] = int(config.sliding_window)
+    limits, config = {}, decoder.model.config.get_text_config()
+    windowed = SLIDING in (getattr(config, "layer_types", None) or [SLIDING])
+    if windowed and decoder.window is None and getattr(config, "sliding_window", None):
+        limits["its sliding window, which this engine does not slide as it does"] = int(config.sliding_window)
     if getattr(config, "attention_chunk_size", None):
         limits["its attention chunks, which this engine does not cut"] = int(config.attention_chunk_size)
     rope = getattr(config, "rope_parameters", None) or {}

@@ -1,6 +1,7 @@
 """Forward passes of a causal model over the slot cache: pieces of the prompts of new rows, and one token for every running row.
 
-Both ask the model for what it documents: explicit position ids and a 4-D mask, which transformers passes on as it is.
+Both ask the model for what it documents: explicit position ids and a 4-D mask, which transformers passes on as it is; where some layers
+see all tokens and some a window of them, a mask for each kind of layer.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from torch import Tensor
 from serving.engine.cache import SlotCache
 from serving.engine.lora import Mixer, RowPlan, Rows, Segments
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as configurations name them."""
+
 
 class Decoder:
     """A causal model whose linear layers are wrapped by `mixer`."""
@@ -21,6 +25,11 @@ class Decoder:
         self.mixer = mixer
         self.device: torch.device = model.device
         self._boolean_mask = model.config._attn_implementation == "sdpa"
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or [SLIDING])
+        self.window: int | None = (SLIDING in kinds and getattr(config, "sliding_window", None)) or None
+        """Tokens that layers of sliding attention see, the one that asks among them; None where all layers see all."""
+        self._is_mixed = kinds >= {FULL, SLIDING}
 
     def prefill(
         self, cache: SlotCache, chunks: Sequence[Sequence[int]], rows: Rows, *, first: int, starts: Sequence[int] | None = None
@@ -63,13 +72,27 @@ class Decoder:
     def _forward(self, cache: SlotCache, ids: Tensor, positions: Tensor, plan: RowPlan) -> Tensor:
         """Logits [rows, vocabulary] after the last of `ids` [rows, tokens]; each token attends to its position and those before it."""
         assert cache.window is not None, "SlotCache.aim comes first"
-        mask = (torch.arange(cache.window.width, device=self.device) <= positions[:, :, None])[:, None]
-        if not self._boolean_mask:
-            dtype = self.model.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(~mask, torch.finfo(dtype).min)
-        with self.mixer.running(plan):
+        mask = self._masks(torch.arange(cache.window.width, device=self.device), positions[:, :, None])
+        with self.mixer.running(plan, tokens=ids.shape[1]):
             out = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
         logits: Tensor = out.logits[:, -1]
         return logits.float()
+
+    def _masks(self, places: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """What tokens at `positions` [rows, tokens, 1] see of `places` [width]: themselves and those before them, as far as the layers look
+        back."""
+        past = places <= positions
+        if self.window is None:
+            return self._mask(past)
+        near = self._mask(past & (places > positions - self.window))
+        return {FULL: self._mask(past), SLIDING: near} if self._is_mixed else near
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """[rows, tokens, width] booleans as [rows, 1, tokens, width] of what the model's attention takes."""
+        mask = seen[:, None]
+        if self._boolean_mask:
+            return mask
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(~mask, torch.finfo(dtype).min)

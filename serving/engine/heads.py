@@ -96,7 +96,7 @@ class TrunkHeads(MixedHeads):
 
     def logits(self, batch: Batch, adapters: Rows) -> Tensor:
         inputs = self._placed(batch)
-        with self._mixer.running(Segments(list(adapters))):
+        with self._mixer.running(Segments(list(adapters)), tokens=inputs["input_ids"].shape[1]):
             hidden = self._trunk(**inputs, use_cache=False).last_hidden_state
         if self.task.name == "text-classification":  # a class of the whole text, where it ends
             hidden = hidden[torch.arange(len(hidden), device=self.device), inputs["attention_mask"].sum(-1) - 1]

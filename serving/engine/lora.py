@@ -78,6 +78,8 @@ class Mixer:
     def __init__(self, model: nn.Module) -> None:
         """Wrap every linear layer of `model` in place."""
         self.plan: RowPlan | None = None
+        self.tokens: int | None = None
+        """Of each row of the forward pass that is running, where rows have the same."""
         self.shapes: dict[str, tuple[int, int]] = {}
         self.wrap(model)
 
@@ -96,13 +98,14 @@ class Mixer:
             model.set_submodule(name, MixedLinear(module, name, self))
 
     @contextmanager
-    def running(self, plan: RowPlan) -> Iterator[None]:
-        """Forward passes inside the block follow `plan`."""
-        outer, self.plan = self.plan, plan
+    def running(self, plan: RowPlan, *, tokens: int | None = None) -> Iterator[None]:
+        """Forward passes inside the block follow `plan`; each row has so many `tokens`."""
+        outer = self.plan, self.tokens
+        self.plan, self.tokens = plan, tokens
         try:
             yield
         finally:
-            self.plan = outer
+            self.plan, self.tokens = outer
 
 
 class MixedLinear(nn.Module):
@@ -125,8 +128,10 @@ class MixedLinear(nn.Module):
         plan = self._mixer.plan
         if plan is None:
             return out
-        if x.shape[0] != len(plan.rows):
-            raise EngineError(
-                f"layer {self._name} sees {x.shape[0]} rows of a batch of {len(plan.rows)}, so adapters cannot be mixed there"
-            )
-        return plan.add(self._name, x, out)
+        rows, tokens = len(plan.rows), self._mixer.tokens
+        if x.shape[0] == rows:
+            return plan.add(self._name, x, out)
+        if tokens is not None and x.shape[:-1] == (rows * tokens,):  # as mixtures of experts see them: token by token, row after row
+            shape = rows, tokens, -1
+            return plan.add(self._name, x.reshape(shape), out.reshape(shape)).flatten(0, 1)
+        raise EngineError(f"layer {self._name} sees {x.shape[0]} rows of a batch of {rows}, so adapters cannot be mixed there")

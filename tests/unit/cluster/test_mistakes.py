@@ -66,7 +66,10 @@ def test_a_port_in_use_is_said_before_anything_starts(hone: Hone) -> None:
         port = taken.getsockname()[1]
         for command in (["serve", "--base", "./nowhere"], ["demo"]):
             done = hone(*command, "--port", str(port))
-            assert (done.returncode, done.stderr) == (1, f"hone: port {port} on 127.0.0.1: already in use; choose another with --port\n")
+            assert (done.returncode, done.stderr) == (
+                1,
+                f"hone: port {port} on 127.0.0.1: already in use; choose another port with --port\n",
+            )
 
 
 def test_a_token_file_that_is_not_there_is_one_line(hone: Hone) -> None:

@@ -136,7 +136,7 @@ def test_the_command_prints_one_look(server: Server) -> None:
     done = top(server.url, "--json", "--interval", "0.2", HONE_API_KEY="secret")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["keys"][0]["name"] == "acme/bot"
-    done = top(server.url, "--once", "--interval", "0.2", HONE_API_KEY="secret")
+    done = top(f"{server.url}/v1", "--once", "--interval", "0.2", HONE_API_KEY="secret")
     assert "busy@1" in done.stdout
     assert "5 of 16 slots" in done.stdout
     done = top(server.url, "--once", HONE_API_KEY="wrong")

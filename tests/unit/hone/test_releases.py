@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from hone.aliases import Aliases
-from hone.errors import CorruptAdapterError, RegistryError, UnknownAdapterError
+from hone.errors import CorruptAdapterError, GateError, RegistryError, UnknownAdapterError
 from hone.ids import AdapterRef
 from hone.promotion import Wishes, promote, roll_back, take_back
 from hone.registry import Registry
@@ -129,7 +129,28 @@ def test_versions_that_cannot_share_an_alias_are_told_apart(registry: Registry, 
     with pytest.raises(UnknownAdapterError):
         promote(registry, "prod", "bot@9")
     assert shares(registry.alias("prod")) == {"bot@1": 1}
-    assert shares(promote(registry, "prod", "writer@1")) == {"writer@1": 1}, "a whole move may change the task"
+    with pytest.raises(GateError, match=r"who calls 'prod' would be told so; 'prod' goes on meaning bot@1\. `hone adapters promote prod"):
+        promote(registry, "prod", "writer@1")
+    moved = promote(registry, "prod", "writer@1", force=True)
+    assert shares(moved) == {"writer@1": 1}
+    assert "one alias is of one task" in moved.current.forced[0]
+
+
+def test_a_move_that_changes_nothing_is_none(registry: Registry) -> None:
+    promote(registry, "prod", "bot@1")
+    first = promote(registry, "prod", "bot@2", why="first")
+    assert promote(registry, "prod", "bot@2", why="again", force=True) == first
+    assert promote(registry, "prod", "bot@2", wishes=Wishes(sticky=False)) == first
+    assert shares(roll_back(registry, "prod")) == {"bot@1": 1}
+
+
+def test_going_back_passes_over_states_that_answer_the_same(registry: Registry) -> None:
+    promote(registry, "prod", "bot@1")
+    alias = promote(registry, "prod", "bot@2")
+    registry.alias_files.write("prod", alias.then(alias.current).then(alias.current))  # as they were written once
+    assert shares(roll_back(registry, "prod")) == {"bot@1": 1}
+    with pytest.raises(RegistryError, match="nothing to go back to"):
+        roll_back(registry, "prod")
 
 
 def test_a_version_that_answers_or_shadows_is_not_removed(registry: Registry) -> None:
@@ -243,7 +264,8 @@ def test_who_waits_too_long_for_a_lock_is_told(registry: Registry, monkeypatch: 
 def _promote_often(home: Path, n: int) -> None:
     registry = Registry(Home(home))
     for turn in range(20):
-        promote(registry, "prod", f"bot@{n}", why=f"{n}-{turn}")
+        shadow = "bot@4", (turn + 1) / 100  # each differs from the one before it, whoever made that
+        promote(registry, "prod", f"bot@{n}", wishes=Wishes(shadow=shadow), why=f"{n}-{turn}")
 
 
 def _hold(root: Path, holds: object) -> None:

@@ -9,10 +9,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BloomConfig,
+    FalconConfig,
+    Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
-    OPTConfig,
     Qwen2Config,
     Qwen3Config,
     T5Config,
@@ -20,7 +21,7 @@ from transformers import (
 
 from hone.errors import BaseModelError
 from serving.engine.cache import SlotCache
-from serving.engine.capability import FEWEST_ROWS, MOST_ROWS, CannotMixError, probe, room_of
+from serving.engine.capability import FEWEST_ROWS, MOST_ROWS, CannotMixError, check_architecture, probe, room_of
 from serving.engine.decoder import Decoder
 from serving.engine.decoding import CopiedRows, Copies, Planner, Stack, StackedRows
 from serving.engine.lora import AdapterWeights, Mixer, Segments
@@ -44,8 +45,10 @@ def make(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def context(model: Any, asked: int | None = None) -> int:
-    return room_of(model, positions=64, max_context=asked, max_rows=4, memory_bytes=2**30)[1]
+def room(model: Any, *, asked: int | None = None, rows: int | None = 4, memory: int = 2**30) -> tuple[int, int]:
+    decoder = Decoder(model, Mixer(model))
+    token_bytes = probe(decoder)
+    return room_of(decoder, token_bytes=token_bytes, positions=64, max_context=asked, max_rows=rows, memory_bytes=memory)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,6 @@ def context(model: Any, asked: int | None = None) -> int:
 def test_mixed_rows_equal_peft_on_each_architecture(config: Any) -> None:
     model, plain = make(config), make(config)
     decoder = Decoder(model, Mixer(model))
-    assert context(model) == 64
     probe(decoder)
     targets = ["c_attn", "c_proj"] if config.model_type == "gpt2" else ["q_proj", "down_proj"]
     adapted = get_peft_model(
@@ -91,11 +93,21 @@ def test_mixed_rows_equal_peft_on_each_architecture(config: Any) -> None:
         torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
-def test_a_sliding_window_bounds_the_context() -> None:
+def test_a_window_that_the_engine_slides_bounds_nothing() -> None:
+    assert room(make(MistralConfig(**GROUPED, sliding_window=16))) == (4, 64)
+
+
+def test_a_window_that_the_engine_slides_otherwise_bounds_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "_masks", all_that_is_past)
     model = make(MistralConfig(**GROUPED, sliding_window=16))
-    assert context(model) == 16
+    assert room(model) == (4, 16)
+    assert model.config.sliding_window == 16
     with pytest.raises(BaseModelError, match=r"max_context 32 is past .* 16, for its sliding window"):
-        context(model, asked=32)
+        room(make(MistralConfig(**GROUPED, sliding_window=16)), asked=32)
+
+
+def all_that_is_past(decoder: Decoder, places: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return decoder._mask(places <= positions)
 
 
 def test_a_rope_that_depends_on_the_longest_row_bounds_the_context() -> None:
@@ -107,17 +119,23 @@ def test_a_rope_that_depends_on_the_longest_row_bounds_the_context() -> None:
         "rope_theta": 1e4,
     }
     model = make(LlamaConfig(**GROUPED, rope_parameters=rope))
-    assert context(model) == 24
+    assert room(model) == (4, 24)
 
 
 def test_memory_bounds_the_context_where_none_is_asked_for() -> None:
     model = make(LlamaConfig(**GROUPED))
     per_token = 2 * 2 * 2 * 8 * 4
-    assert room_of(model, positions=64, max_context=None, max_rows=4, memory_bytes=4 * per_token * 20) == (4, 20)
+    assert room(model, memory=4 * per_token * 20) == (4, 20)
+
+
+def test_what_a_token_takes_is_measured_layer_by_layer() -> None:
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9, "head_dim": 8, "global_head_dim": 16}
+    decoder = make(Gemma4TextConfig(**GROUPED, **layers, vocab_size_per_layer_input=90, hidden_size_per_layer_input=8))
+    assert probe(Decoder(decoder, Mixer(decoder))) == 2 * 2 * (8 + 16) * 4
 
 
 @pytest.mark.parametrize(
-    ("tokens", "room"),
+    ("tokens", "expected"),
     [
         (1000 * 64, (MOST_ROWS, 64)),
         (20 * 64, (20, 64)),
@@ -126,31 +144,31 @@ def test_memory_bounds_the_context_where_none_is_asked_for() -> None:
         (1, (FEWEST_ROWS, 1)),
     ],
 )
-def test_rows_are_as_many_as_have_the_whole_context(tokens: int, room: tuple[int, int]) -> None:
+def test_rows_are_as_many_as_have_the_whole_context(tokens: int, expected: tuple[int, int]) -> None:
     model = make(LlamaConfig(**GROUPED))
-    assert room_of(model, positions=64, max_context=None, max_rows=None, memory_bytes=2 * 2 * 2 * 8 * 4 * tokens) == room
+    assert room(model, rows=None, memory=2 * 2 * 2 * 8 * 4 * tokens) == expected
 
 
 def test_a_shorter_context_leaves_memory_for_more_rows() -> None:
     model = make(LlamaConfig(**GROUPED))
-    assert room_of(model, positions=64, max_context=32, max_rows=None, memory_bytes=2 * 2 * 2 * 8 * 4 * 20 * 64) == (MOST_ROWS, 32)
+    assert room(model, asked=32, rows=None, memory=2 * 2 * 2 * 8 * 4 * 20 * 64) == (MOST_ROWS, 32)
 
 
 def test_models_that_take_no_positions_are_not_mixed() -> None:
     with pytest.raises(CannotMixError, match="BloomForCausalLM takes no position_ids"):
-        context(make(BloomConfig(vocab_size=90, hidden_size=32, n_layer=1, n_head=4)))
+        check_architecture(make(BloomConfig(vocab_size=90, hidden_size=32, n_layer=1, n_head=4)))
 
 
-def test_models_that_flatten_their_rows_are_not_mixed_by_measurement() -> None:
-    model = make(OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32))
-    with pytest.raises(CannotMixError, match="adapters cannot be mixed there"), torch.inference_mode():
+def test_models_whose_rows_depend_on_their_padding_are_not_mixed_by_measurement() -> None:
+    model = make(FalconConfig(**SMALL, alibi=True, new_decoder_architecture=False, initializer_range=0.3))
+    with pytest.raises(CannotMixError):
         probe(Decoder(model, Mixer(model)))
 
 
 def test_encoder_decoders_are_refused() -> None:
     config = T5Config(vocab_size=90, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     with pytest.raises(BaseModelError, match="encoder-decoder"):
-        context(AutoModelForSeq2SeqLM.from_config(config))
+        check_architecture(AutoModelForSeq2SeqLM.from_config(config))
 
 
 @torch.inference_mode()

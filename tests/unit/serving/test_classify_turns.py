@@ -242,3 +242,44 @@ def test_a_keys_project_and_weight_are_its_tenant(
             headers = {"authorization": f"Bearer {keys.create(name, project=project, weight=weight)[1]}"}
             assert client.post(route, json={"model": "tone", "input": "x"}, headers=headers).status_code == 200
     assert [asked.tenant for asked in waiting] == [Tenant("acme", 3.0), Tenant("acme", 1.0), Tenant("other", 0.5)]
+
+
+@pytest.mark.parametrize("route", ["/v1/classify", "/v1/embeddings"])
+def test_what_was_read_before_the_time_passed_is_taken_from_the_keys_minute(
+    replica: Replica, label_shelf: Shelf, home: Home, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    limit, keys = 120, Keys(home.store_url)
+    headers = {"authorization": f"Bearer {keys.create('a', tokens_per_minute=limit)[1]}"}
+    body = {"model": "tone", "input": ["the cat sat on a mat"] * 4}
+    with TestClient(make_app(replica, label_shelf.registry, KeyRing(keys.all, auth="required"))) as client:
+        read = tokens_of(client, route, body, headers)
+        monkeypatch.setattr(type(replica._engine), "ask", half_of(type(replica._engine).ask))
+        before = left(client, headers)
+        response = client.post(route, json={**body, "input": body["input"] * 2, "timeout_s": 0.4}, headers=headers)
+        assert response.status_code == 504
+        assert before - read - 1 <= left(client, headers) <= before - read + 4, "and the minute goes on, two tokens a second"
+
+
+def tokens_of(client: TestClient, route: str, body: dict[str, Any], headers: dict[str, str]) -> int:
+    """Tokens of one forward pass."""
+    response = client.post(route, json=body, headers=headers)
+    assert response.status_code == 200
+    tokens: int = response.json()["usage"]["total_tokens"]
+    assert tokens >= 12
+    return tokens
+
+
+def left(client: TestClient, headers: dict[str, str]) -> int:
+    """Tokens of the key's minute; asking takes none."""
+    return int(client.post("/tokenize", json={"model": "tone", "prompt": "x"}, headers=headers).headers["x-ratelimit-remaining-tokens"])
+
+
+def half_of(ask: Any) -> Any:
+    """The engine makes one forward pass, and then nothing for longer than anybody waits."""
+
+    def asked(self: Any, rows: Any) -> None:
+        ask(self, rows)
+        self.thread.call(self.classification.step)
+        self.thread.call(lambda: time.sleep(0.8))
+
+    return asked

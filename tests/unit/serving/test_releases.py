@@ -168,7 +168,7 @@ async def test_the_base_keeps_its_name_where_an_alias_of_it_is_of_another_base(
     registry.publish(weights(tmp_path / "other"), "stranger", describe=OfAnother("stranger"))
     promote(registry, "tiny", "stranger@1")
     await released.answer(chat("tiny"))
-    promote(registry, "tiny", "bot@1")
+    promote(registry, "tiny", "bot@1", force=True)
     await released.answer(chat("tiny"))
     registry.root.rename(tmp_path / "away")
     await released.answer(chat("tiny"))
@@ -224,6 +224,18 @@ async def test_what_is_no_fault_of_the_version_moves_nothing(
             await released.answer(chat())
     assert released.report()["aliases"]["prod"]["bot@2"] == {"requests": 30, "errors": 0}
     assert not released._moves
+
+
+async def test_callers_mistakes_do_not_hide_a_version_that_fails(told: Told, released: Released, registry: Registry) -> None:
+    promote(registry, "prod", "bot@1")
+    promote(registry, "prod", "bot@2", wishes=Wishes(rollback=RollbackPolicy(error_rate=0.5, min_requests=4)))
+    for turn in range(80):
+        told.wrong["bot@2"] = (lambda: AdapterRefusedError("x")) if turn % 20 == 19 else (lambda: RequestError("too long", "messages"))
+        await released.answer(chat())
+    await settled(registry, 3)
+    state = registry.alias("prod")
+    assert state is not None
+    assert "4 of 4 requests to bot@2 failed" in state.current.why
 
 
 async def test_failures_within_the_policy_move_nothing(told: Told, released: Released, registry: Registry) -> None:

@@ -46,6 +46,33 @@ def test_the_wrong_route_is_a_400_that_names_the_right_one(rooms: dict[str, Room
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "nothing"),
+    [
+        ("functions", [{"name": "f"}], []),
+        ("repetition_penalty", 1.2, 1.0),
+        ("guided_json", {"type": "object"}, None),
+        ("structured_outputs", {"regex": "a+"}, None),
+        ("stop_token_ids", [3], []),
+        ("min_tokens", 5, 0),
+        ("ignore_eos", True, False),
+        ("continue_final_message", True, False),
+    ],
+)
+def test_what_would_change_the_answer_and_is_not_done_is_refused_by_name(
+    rooms: dict[str, Room], name: str, value: Any, nothing: Any
+) -> None:
+    body = {"model": "llama-chat-lora", "messages": USER, "max_tokens": 2}
+    client = rooms["llama"].client
+    response = client.post("/v1/chat/completions", json={**body, name: value})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    assert client.post("/v1/chat/completions", json={**body, name: nothing}).status_code == 200
+
+
+def test_a_load_balancer_may_ask_by_head(rooms: dict[str, Room]) -> None:
+    assert rooms["llama"].client.head("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
     ("name", "value", "said"),
     [
         ("vit-image-classification-lora-single", {"image": "http://169.254.169.254/secret"}, "addresses and paths are not read"),

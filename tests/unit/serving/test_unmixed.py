@@ -23,10 +23,31 @@ from tests.unit.serving.test_adapters_in_use import text
 pytestmark = pytest.mark.anyio
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3, "init_std": 0.3}
-TARGETS = {"falcon": ["query_key_value"], "bloom": ["query_key_value"], "opt": ["q_proj", "fc2"]}
+TARGETS = {"falcon": ["query_key_value"], "bloom": ["query_key_value"]}
 OWN: dict[str, dict[str, Any]] = {
     "falcon": {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
+    "qwen3_next": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "intermediate_size": 48,
+        "mlp_only_layers": [0, 1],
+    },
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "intermediate_size": 48},
+    "granitemoehybrid": {
+        "num_key_value_heads": 2,
+        "layer_types": ["mamba", "attention"],
+        "intermediate_size": 32,
+        "shared_intermediate_size": 48,
+        "num_local_experts": 0,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+    },
 }
 GREEDY = Sampling(max_tokens=12, temperature=0.0, top_p=1.0, seed=None, stop=())
 
@@ -46,10 +67,13 @@ def as_text(tokenizer: Any, tokens: list[int]) -> str:
     return "".join([*map(stream.push, tokens), stream.finish()])
 
 
-@pytest.mark.parametrize("kind", ["bloom", "opt", "falcon"])
+@pytest.mark.parametrize("kind", ["bloom", "falcon", "qwen3_next", "lfm2", "granitemoehybrid"])
 async def test_each_answers_as_generate_does(kind: str, home: Home, tmp_path: Path) -> None:
     base = make(tmp_path / kind, kind)
-    rows, settings = [{"text": text} for text in ("the cat sat", "why does it rain")], {"r": 3, "target_modules": TARGETS[kind]}
+    rows, settings = (
+        [{"text": text} for text in ("the cat sat", "why does it rain")],
+        {"r": 3, "target_modules": TARGETS.get(kind, ["q_proj", "v_proj"])},
+    )
     manifests = [
         publish_trained(home, base, name, task="completion", method="lora", rows=rows, seed=seed, **settings)
         for seed, name in enumerate(("one", "two"))
