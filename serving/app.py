@@ -80,8 +80,8 @@ class ServeArgs(BaseModel):
     """What vLLM is told, where it is the engine."""
     max_rows: int | None = Field(default=None, ge=1)
     """Answers that one replica makes at once; more wait their turn. By default 32 by the slot engine, down to 16 where more would not all
-    have the whole context, and 256 by vLLM. Where their number changes, a replica is added when each has as many; of a base whose answers take
-    turns it makes 4 whatever is said here, so that 4 is worth saying."""
+    have the whole context, and 256 by vLLM. Where the number of replicas changes, one is added when each has as many; of a base whose
+    answers take turns a replica makes 4 whatever is said here, so that 4 is worth saying."""
     max_context: int | None = Field(default=None, ge=8)
     """Tokens of prompt and answer together; by default as many as the base and the memory allow."""
     max_adapters: int = Field(default=64, ge=1)
