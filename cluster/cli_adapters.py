@@ -108,7 +108,7 @@ def alias(
         return
     before = registry.alias(name)
     registry.set_alias(name, target)
-    print_move(name, before.current if before else None, registry.alias(name).current)
+    print_move(name, before, registry.alias(name))
 
 
 @adapters.command()

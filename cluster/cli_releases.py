@@ -60,10 +60,7 @@ def promote(
     registry = _registry(home)
     before = registry.alias(alias)
     moved = promote_(registry, alias, version, wishes=wishes, force=force, why=why)
-    if before and before.number == moved.number:
-        output().print(f"{alias} -> {moved.current.says()}, as before; nothing was changed", markup=False)
-        return
-    _print_move(alias, moved)
+    print_move(alias, before, moved)
 
 
 def rollback(
@@ -75,7 +72,9 @@ def rollback(
     """Bring back what the alias meant before, or state N."""
     from hone.promotion import roll_back
 
-    _print_move(alias, roll_back(_registry(home), alias, to=to, why=why))
+    registry = _registry(home)
+    before = registry.alias(alias)
+    print_move(alias, before, roll_back(registry, alias, to=to, why=why))
 
 
 def history(alias: Alias, home: HomeOption = None, as_json: AsJson = False) -> None:
@@ -116,14 +115,14 @@ def diff(a: AdapterArg, b: AdapterArg, home: HomeOption = None, as_json: AsJson 
 
 
 def print_move(name: str, before: Any, after: Any) -> None:
-    """`prod -> bot@3 90%, bot@4 10% (was bot@3)`."""
-    was = f" (was {before.says()})" if before and before.says() != after.says() else ""
-    output().print(f"{name} -> {after.says()}{was}", markup=False)
-
-
-def _print_move(name: str, alias: Any) -> None:
-    print_move(name, alias.state(alias.number - 1) if alias.number > 1 else None, alias.current)
-    for objection in alias.current.forced:
+    """`prod -> bot@3 90%, bot@4 10% (was bot@3)`, of an alias as it was, if it was there, and as it is."""
+    now = after.current.says()
+    if before and before.number == after.number:
+        output().print(f"{name} -> {now}, as before; nothing was changed", markup=False)
+        return
+    was = f" (was {before.current.says()})" if before and before.current.says() != now else ""
+    output().print(f"{name} -> {now}{was}", markup=False)
+    for objection in after.current.forced:
         output().print(f"forced past the gate: {objection}", markup=False)
 
 

@@ -141,7 +141,7 @@ def _roll_back(registry: Registry, alias: str, choose: Callable[[Alias], int | N
         state = before.state(number)
         for target in state.targets:
             registry.resolve(target.version)
-        shadow = state.shadow if state.shadow and _is_there(registry, state.shadow.version) else None
+        shadow = state.shadow if state.shadow and _found(registry, state.shadow.version) else None
         now = {"at": _now(), "by": by, "why": why, "forced": (), "restores": number, "shadow": shadow}
         return _write(registry, name, before, state.model_copy(update=now))
 
@@ -159,18 +159,18 @@ def _objections(registry: Registry, manifest: AdapterManifest, before: Alias | N
     """The gate's, held against the version that answers most beside the new one."""
     others = [each for each in before.current.targets if each.version != str(manifest.ref)] if before else []
     main = max(others, key=lambda each: each.weight, default=None)
-    present = registry.resolve(main.version) if main and _is_there(registry, main.version) else None
+    present = _found(registry, main.version) if main else None
     found = Candidate(manifest, registry.path(manifest.ref))
     return objections(found, Candidate(present, registry.path(present.ref)) if present else None)
 
 
 def _unlike(registry: Registry, manifest: AdapterManifest, before: Alias | None, *, alias: str) -> list[str]:
     """What would no longer be answered as those who call the alias expect it."""
-    present = before.current.main.version if before else None
-    if present is None or not _is_there(registry, present):
+    present = _found(registry, before.current.main.version) if before else None
+    if present is None:
         return []
     try:
-        _check_alike(manifest, registry.resolve(present))
+        _check_alike(manifest, present)
     except RegistryError as error:
         return [f"{error.message}, and who calls {alias!r} would be told so"]
     return []
@@ -216,12 +216,12 @@ def _write(registry: Registry, name: str, before: Alias | None, state: Release) 
     return after
 
 
-def _is_there(registry: Registry, version: str) -> bool:
+def _found(registry: Registry, version: str) -> AdapterManifest | None:
+    """A version, or None where it is gone."""
     try:
-        registry.resolve(version)
+        return registry.resolve(version)
     except UnknownAdapterError:
-        return False
-    return True
+        return None
 
 
 def _now() -> str:

@@ -12,7 +12,7 @@ import torch
 
 from hone.errors import BaseModelError
 from serving.engine.cache import SlotCache, bytes_per_token
-from serving.engine.decoder import FULL, SLIDING, Decoder
+from serving.engine.decoder import FULL, SLIDING, Decoder, sliding_window
 from serving.engine.lora import Segments
 
 NEEDED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
@@ -76,7 +76,7 @@ def probe(decoder: Decoder) -> int:
     if decoder.window is not None:
         try:
             with _short_window(decoder):
-                _compare(decoder)
+                return _compare(decoder)
         except CannotMixError:
             decoder.window = None
     return _compare(decoder)
@@ -142,9 +142,8 @@ def check_architecture(model: Any) -> None:
 def _limits(decoder: Decoder) -> dict[str, int]:
     """What the context must stay within for a batch of rows to be computed as each row alone would be."""
     limits, config = {}, decoder.model.config.get_text_config()
-    windowed = SLIDING in (getattr(config, "layer_types", None) or [SLIDING])
-    if windowed and decoder.window is None and getattr(config, "sliding_window", None):
-        limits["its sliding window, which this engine does not slide as it does"] = int(config.sliding_window)
+    if decoder.window is None and (window := sliding_window(config)):
+        limits["its sliding window, which this engine does not slide as it does"] = int(window)
     if getattr(config, "attention_chunk_size", None):
         limits["its attention chunks, which this engine does not cut"] = int(config.attention_chunk_size)
     rope = getattr(config, "rope_parameters", None) or {}

@@ -17,6 +17,12 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, as configurations name them."""
 
 
+def sliding_window(config: Any) -> int | None:
+    """Tokens that layers of sliding attention see by a text configuration, the one that asks among them; None where all layers see all."""
+    slides = SLIDING in (getattr(config, "layer_types", None) or [SLIDING])
+    return (slides and getattr(config, "sliding_window", None)) or None
+
+
 class Decoder:
     """A causal model whose linear layers are wrapped by `mixer`."""
 
@@ -26,10 +32,9 @@ class Decoder:
         self.device: torch.device = model.device
         self._boolean_mask = model.config._attn_implementation == "sdpa"
         config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or [SLIDING])
-        self.window: int | None = (SLIDING in kinds and getattr(config, "sliding_window", None)) or None
-        """Tokens that layers of sliding attention see, the one that asks among them; None where all layers see all."""
-        self._is_mixed = kinds >= {FULL, SLIDING}
+        self.window = sliding_window(config)
+        """See `sliding_window`; None too where the engine is not to slide it."""
+        self._alternates = set(getattr(config, "layer_types", None) or ()) >= {FULL, SLIDING}
 
     def prefill(
         self, cache: SlotCache, chunks: Sequence[Sequence[int]], rows: Rows, *, first: int, starts: Sequence[int] | None = None
@@ -87,7 +92,7 @@ class Decoder:
         if self.window is None:
             return self._mask(past)
         near = self._mask(past & (places > positions - self.window))
-        return {FULL: self._mask(past), SLIDING: near} if self._is_mixed else near
+        return {FULL: self._mask(past), SLIDING: near} if self._alternates else near
 
     def _mask(self, seen: Tensor) -> Tensor:
         """[rows, tokens, width] booleans as [rows, 1, tokens, width] of what the model's attention takes."""

@@ -70,10 +70,8 @@ def as_text(tokenizer: Any, tokens: list[int]) -> str:
 @pytest.mark.parametrize("kind", ["bloom", "falcon", "qwen3_next", "lfm2", "granitemoehybrid"])
 async def test_each_answers_as_generate_does(kind: str, home: Home, tmp_path: Path) -> None:
     base = make(tmp_path / kind, kind)
-    rows, settings = (
-        [{"text": text} for text in ("the cat sat", "why does it rain")],
-        {"r": 3, "target_modules": TARGETS.get(kind, ["q_proj", "v_proj"])},
-    )
+    rows = [{"text": text} for text in ("the cat sat", "why does it rain")]
+    settings = {"r": 3, "target_modules": TARGETS.get(kind, ["q_proj", "v_proj"])}
     manifests = [
         publish_trained(home, base, name, task="completion", method="lora", rows=rows, seed=seed, **settings)
         for seed, name in enumerate(("one", "two"))
